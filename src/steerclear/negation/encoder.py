@@ -1,0 +1,59 @@
+"""How pictures become latents: the protocol, and the hook through which a pipeline is turned into an encoder.
+
+This layer does not know diffusers. Whoever does (``steerclear.attach``) registers itself once with :func:`use`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from steerclear.errors import InvalidInput
+from steerclear.negation.space import Space
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Pictures to the sampler's space and back."""
+
+    @property
+    def space(self) -> Space:
+        """Where the latents live."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(height, width)`` in pixels of the pictures that it takes."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """``(n, 3, height, width)`` in [0, 1] -> ``(n, *space.shape)``: the posterior's mode, float32."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """``(n, *space.shape)`` -> ``(n, 3, height, width)`` in [0, 1]."""
+        ...
+
+
+_factories: list[Callable[[Any], Encoder]] = []
+
+
+def use(factory: Callable[[Any], Encoder]) -> None:
+    """Register the function that makes an encoder of a pipeline; the last one registered is asked."""
+    _factories.append(factory)
+
+
+def encoder_of(source: Any) -> Encoder:  # noqa: ANN401 - a pipeline of any library
+    """The encoder that ``source`` is, or that the registered factory makes of it.
+
+    Raises:
+        InvalidInput: If ``source`` is no encoder and nothing was registered.
+    """
+    if isinstance(source, Encoder):
+        return source
+    if not _factories:
+        raise InvalidInput(
+            f"expected an Encoder, got {type(source).__name__}; import steerclear.attach first, "
+            "which knows how to encode with a diffusers pipeline"
+        )
+    return _factories[-1](source)
