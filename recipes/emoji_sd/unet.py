@@ -35,7 +35,7 @@ SCHEDULE = {
 
 def variants(picture: np.ndarray, rng: np.random.Generator) -> Tensor:
     """``VARIANTS`` copies, half of them mirrored, all but two shrunk and shifted on white: (VARIANTS, 3, 64, 64)."""
-    base = torch.from_numpy(picture).permute(2, 0, 1).float().div(127.5).sub(1)[None]
+    base = torch.from_numpy(picture.copy()).permute(2, 0, 1).float().div(127.5).sub(1)[None]
     made = []
     for k in range(VARIANTS):
         scale = 1.0 if k < 2 else float(rng.uniform(0.82, 1.0))

@@ -1,0 +1,93 @@
+"""Makes any diffusers pipeline steer clear of unwanted content while it samples."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steerclear.attach import Trace, apply_guard, attach, remove_guard
+    from steerclear.denoise import DenoiseState, GuardedDenoiser
+    from steerclear.errors import (
+        GuardNotApplied,
+        InvalidInput,
+        MissingExtra,
+        NegationFileError,
+        NegationMismatch,
+        SteerclearError,
+        UnsoundCombination,
+        UnsupportedPipeline,
+        UnsupportedScheduler,
+    )
+    from steerclear.guards import ConditionalRelease, Guard, SafeDenoiser, chain, during, when
+    from steerclear.negation import NegationSet
+    from steerclear.noise import NoiseLevel
+    from steerclear.zoo import load
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `import steerclear` and `steerclear --help` stay fast.
+_HOME = {
+    "ConditionalRelease": "guards",
+    "DenoiseState": "denoise",
+    "Guard": "guards",
+    "GuardNotApplied": "errors",
+    "GuardedDenoiser": "denoise",
+    "InvalidInput": "errors",
+    "MissingExtra": "errors",
+    "NegationFileError": "errors",
+    "NegationMismatch": "errors",
+    "NegationSet": "negation",
+    "NoiseLevel": "noise",
+    "SafeDenoiser": "guards",
+    "SteerclearError": "errors",
+    "Trace": "attach",
+    "UnsoundCombination": "errors",
+    "UnsupportedPipeline": "errors",
+    "UnsupportedScheduler": "errors",
+    "apply_guard": "attach",
+    "attach": "attach",
+    "chain": "guards",
+    "during": "guards",
+    "load": "zoo",
+    "remove_guard": "attach",
+    "when": "guards",
+}
+
+__all__ = [
+    "ConditionalRelease",
+    "DenoiseState",
+    "Guard",
+    "GuardNotApplied",
+    "GuardedDenoiser",
+    "InvalidInput",
+    "MissingExtra",
+    "NegationFileError",
+    "NegationMismatch",
+    "NegationSet",
+    "NoiseLevel",
+    "SafeDenoiser",
+    "SteerclearError",
+    "Trace",
+    "UnsoundCombination",
+    "UnsupportedPipeline",
+    "UnsupportedScheduler",
+    "__version__",
+    "apply_guard",
+    "attach",
+    "chain",
+    "during",
+    "load",
+    "remove_guard",
+    "when",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        value = getattr(import_module(f"steerclear.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'steerclear' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
