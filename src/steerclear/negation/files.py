@@ -1,10 +1,13 @@
 """Negation sets on disk: one safetensors file, replaced atomically, distrusted when read.
 
 Layout: tensors ``latents (n, *shape)`` in float16 or float32 and ``weights (n,)`` in float32; in the header's metadata
-``format``, ``version``, and as JSON ``space`` (encoder, shape, name) and ``items`` (ids, labels, digests).
+``format``, ``version``, ``sha256`` over all the rest, and as JSON ``space`` (encoder, shape, name) and ``items`` (ids,
+labels, digests). The checksum finds accidents, not attacks: whoever can write the file can write another checksum.
 """
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import secrets
@@ -50,13 +53,14 @@ def write(path: Path, stored: Stored, dtype: torch.dtype) -> None:
         )
     space = {"encoder": stored.space.encoder, "shape": stored.space.shape, "name": stored.space.name}
     items = {"ids": stored.ids, "labels": stored.labels, "digests": stored.digests}
+    weights = stored.weights.detach().cpu().float().contiguous()
     metadata = {"format": FORMAT, "version": VERSION, "space": _json(space), "items": _json(items)}
+    metadata["sha256"] = _checksum(latents, weights, metadata)
     if (size := len(_json(metadata).encode())) > MAX_HEADER // 2:
         raise NegationFileError(
             f"{path}: expected at most {MAX_HEADER >> 21} MiB of ids, labels and digests, got {size >> 20} MiB; "
             "shorten them, or split the set into several files"
         )
-    weights = stored.weights.detach().cpu().float().contiguous()
     replace(path, to_bytes({"latents": latents, "weights": weights}, metadata=metadata))
 
 
@@ -65,9 +69,9 @@ def replace(path: Path, content: bytes) -> None:
 
     A process killed half-way may leave a hidden ``.tmp`` file, never a damaged ``path``.
     """
-    _check_target(path)
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(6)}.tmp"
     try:
+        _check_target(path)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _write_all(handle, content)
@@ -76,14 +80,15 @@ def replace(path: Path, content: bytes) -> None:
             os.close(handle)
         os.replace(temporary, path)  # noqa: PTH105 - named like the system call that makes it atomic
         _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
         raise NegationFileError(
             f"{path}: expected a place with {len(content) >> 20} MiB free that may be written, "
-            f"got {error.strerror or error}; free space, change the permissions, or choose another folder. "
-            "An older file there is unchanged"
+            f"got {_reason(error)}; free space, change the permissions, or choose another folder. "
+            "What is there now is whole: the older file, or the new one"
         ) from error
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Stored:
@@ -123,7 +128,21 @@ def _parse(path: Path, file: Any) -> Stored:  # noqa: ANN401 - safetensors' hand
         part = file.get_slice(name)
         if part.get_dtype() not in _DTYPES or list(part.get_shape()) != expected:
             raise _damaged(path, f"{name} {part.get_dtype()} {part.get_shape()}", f"{name} F16 or F32 {expected}")
-    return Stored(file.get_tensor("latents").float(), file.get_tensor("weights").float(), ids, labels, digests, where)
+    latents, weights = file.get_tensor("latents"), file.get_tensor("weights")
+    if metadata.get("sha256") != _checksum(latents, weights, metadata):
+        raise _damaged(path, "content that does not match its checksum")
+    # Copies, because the tensors may be views of the mapped file, which somebody may change.
+    latents, weights = (tensor.to(torch.float32, copy=True) for tensor in (latents, weights))
+    return Stored(latents, weights, ids, labels, digests, where)
+
+
+def _checksum(latents: Tensor, weights: Tensor, metadata: dict[str, str]) -> str:
+    state = hashlib.sha256()
+    for key in ("format", "version", "space", "items"):
+        state.update(metadata[key].encode() + b"\0")
+    for tensor in (latents, weights):
+        state.update(tensor.numpy().data)
+    return state.hexdigest()
 
 
 def _object(path: Path, metadata: dict[str, str], key: str) -> dict[str, Any]:
@@ -152,9 +171,8 @@ def _check_source(path: Path) -> None:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise NegationFileError(
-            f"{path}: expected a negation set that can be read, got {reason}; check the path and its permissions"
+            f"{path}: expected a negation set that can be read, got {_reason(error)}; check path and permissions"
         ) from error
     if not 2 <= length <= min(MAX_HEADER, status.st_size - 8):
         raise _damaged(path, f"a header of {length} bytes in a file of {status.st_size}")
@@ -176,14 +194,21 @@ def _write_all(handle: int, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; Windows cannot open folders and does not need it."""
+    """Make the rename itself durable, where the system can: Windows and some network drives cannot."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _json(value: object) -> str:

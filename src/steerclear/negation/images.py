@@ -1,7 +1,7 @@
 """From whatever people have (folders, files, PIL images, tensors) to RGB tensors of one size, and what was left out.
 
-Conventions: upright by EXIF, alpha flattened on white, the first frame of an animation, cropped about the centre to the
-wanted aspect (as image models are trained; padding would put bars into the latents), then resized with antialiasing.
+Conventions: upright by EXIF, alpha flattened on white, the first frame of an animated file, cropped about the centre to
+the wanted aspect (as image models are trained; padding would put bars into the latents), resized with antialiasing.
 """
 
 import hashlib
@@ -89,6 +89,9 @@ def sources(images: Images) -> list[Source]:
         return [images]
     if isinstance(images, Tensor) and images.ndim == 3:
         return [images]
+    if (isinstance(images, Tensor) and images.ndim != 4) or not isinstance(images, Iterable):
+        got = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise InvalidInput(f"expected a folder, paths, PIL images, or tensors (3, h, w) or (n, 3, h, w), got {got}")
     listed: list[Source] = list(images)
     if not listed:
         raise InvalidInput("expected at least one picture, got an empty list")
@@ -132,6 +135,8 @@ def read(source: Source) -> Image.Image:
                 return _from_tensor(source)
             if isinstance(source, Image.Image):
                 return _upright_rgb(source)
+            if not isinstance(source, str | os.PathLike):
+                raise _Unusable(f"{type(source).__name__}, not a path, PIL image or tensor")
             return _from_file(Path(source))
         except _Unusable:
             raise
@@ -167,8 +172,6 @@ def _from_file(path: Path) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     _check_size(*image.size)
-    if getattr(image, "n_frames", 1) > 1:
-        image.seek(0)
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I") or upright.mode == "F":
         return _from_numbers(np.asarray(upright))

@@ -78,7 +78,7 @@ def posterior(
     distance = squared_distances((x.to(wide) / unit).to(x.dtype), y, (alpha / unit).to(x.dtype), block=block)
     w = weights.to(x.device, wide)
     logits = ((w / w.sum()).log() - distance * (unit / sigma).square() / 2) / temperature
-    constant = x.shape[1] / 2 * (2 * math.pi * sigma.square()).log().squeeze(1)
+    constant = x.shape[1] * (math.log(2 * math.pi) / 2 + sigma.log().squeeze(1))
     mean = _average(logits.softmax(1).to(x.dtype), y, block=block)
     return Posterior(mean.reshape(x_t.shape), logits.logsumexp(1) - constant)
 

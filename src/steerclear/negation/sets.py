@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class NegationSet:
         Args:
             images: A folder (searched with its subfolders), a list of paths, PIL images or tensors in [0, 1], or one
                 tensor ``(n, 3, h, w)``. Turned upright, flattened on white, cropped about the centre to the encoder's
-                aspect, resized; of an animation, the first frame.
+                aspect, resized; of an animated file, the first frame.
             pipe_or_encoder: A pipeline (``steerclear.attach`` must be imported) or an :class:`Encoder`.
             labels: One for all, or one per picture; by default the name of the folder that each file is in.
             ids: One per picture; by default the path inside the folder, else the start of the digest.
@@ -289,7 +290,7 @@ def _check_items(items: NegationSet) -> None:
             f"smallest {weights.min():.3g}; leave items out with remove() instead of weight 0"
         )
     if len(set(items.ids)) != n or "" in items.ids:
-        repeated = sorted({name for name in items.ids if items.ids.count(name) > 1 or not name})
+        repeated = [name for name, times in Counter(items.ids).items() if times > 1 or not name]
         raise InvalidInput(f"NegationSet: expected unique, non-empty ids, got repeated {repeated[:5]}; rename them")
 
 
