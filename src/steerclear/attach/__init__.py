@@ -1,0 +1,36 @@
+"""The only package that knows diffusers: guards on any pipeline, for the length of its calls.
+
+``steerclear.attach`` names both this package and the function :func:`attach`. Importing the package makes Python bind
+that name to it, so the package is callable and stands for the function.
+"""
+
+import sys
+from contextlib import AbstractContextManager
+from types import ModuleType
+
+from steerclear.attach.api import Pipeline, PromptGuard, apply_guard, attach, remove_guard, suspended
+from steerclear.attach.coupling import Coupling
+from steerclear.attach.trace import CallRecord, StepRecord, Trace
+from steerclear.guards.base import Guard
+
+__all__ = [
+    "CallRecord",
+    "Coupling",
+    "PromptGuard",
+    "StepRecord",
+    "Trace",
+    "apply_guard",
+    "attach",
+    "remove_guard",
+    "suspended",
+]
+
+
+class _Package(ModuleType):
+    def __call__(
+        self, pipe: Pipeline, *guards: Guard, prompts: PromptGuard | None = None, coupling: Coupling = "score"
+    ) -> AbstractContextManager[Trace]:
+        return attach(pipe, *guards, prompts=prompts, coupling=coupling)
+
+
+sys.modules[__name__].__class__ = _Package
