@@ -1,0 +1,24 @@
+"""Guards: maps of the denoised estimate. ``base`` combines them; every other file is one published method."""
+
+from steerclear.guards.base import Guard, Requires, chain, during, requirements, when
+from steerclear.guards.calibration import Calibration, calibrate
+from steerclear.guards.published import PublishedLoop
+from steerclear.guards.safe_denoiser import SafeDenoiser
+from steerclear.guards.weights import Dynamic, Gate, TwoSample, Weight
+
+__all__ = [
+    "Calibration",
+    "Dynamic",
+    "Gate",
+    "Guard",
+    "PublishedLoop",
+    "Requires",
+    "SafeDenoiser",
+    "TwoSample",
+    "Weight",
+    "calibrate",
+    "chain",
+    "during",
+    "requirements",
+    "when",
+]
