@@ -1,10 +1,10 @@
 """Train the judge: a classifier over the drawn concepts with "something else".
 
-    python recipes/emoji_sd/judge.py --build build/emoji-sd --minutes 15
+    python recipes/emoji_sd/judge.py --build build/emoji-sd --steps 2500
 
 Sees the generator's vendors and three more, never the reference vendors. "Something else" is taught by the art of all
 concepts that are not drawn, by blends of two pictures, by cut-and-pasted halves and by smooth noise. Reports its accuracy
-on the validation vendor, which nothing else sees. Writes ``BUILD/emoji-judge``.
+on the validation vendor, which nothing else sees. Checkpoints; run again to resume. Writes ``BUILD/emoji-judge``.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from steerclear.detect.emoji_judge import SOMETHING_ELSE, JudgeNetwork
 
-BATCH, RATE, ELSE_SHARE = 96, 2e-3, 0.22
+BATCH, RATE, ELSE_SHARE = 80, 2e-3, 0.22
 #: Concepts told apart by colour alone keep their colours.
 BY_COLOUR = ("heart", "apple", "lemon", "tangerine", "tomato", "peach", "pear", "sun", "droplet")
 
@@ -96,7 +96,7 @@ def accuracy(network: JudgeNetwork, pictures: Tensor, labels: Tensor) -> tuple[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=Path("build/emoji-sd"))
-    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -128,9 +128,15 @@ def main() -> None:
     average = {k: v.clone() for k, v in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.02)
     pictures, answers = to_pictures(images, held), torch.tensor([truth[i] for i in held])
-    started, step, total = time.monotonic(), 0, args.minutes * 60
-    while (elapsed := time.monotonic() - started) < total:
-        share = elapsed / total
+    started, step, checkpoint = time.monotonic(), 0, args.build / "judge.checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step = state["average"], state["step"]
+        rng = np.random.default_rng(step)
+    while step < args.steps:
+        share = step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * share))
         n_else = int(BATCH * ELSE_SHARE)
@@ -156,7 +162,11 @@ def main() -> None:
                     average[key].copy_(value)
         if step % 100 == 0:
             first, five = accuracy(network, pictures, answers)
+            elapsed = time.monotonic() - started
             print(f"{step} {elapsed:.0f}s loss {loss:.3f} held-out vendor {first:.3f} / {five:.3f}", flush=True)
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            torch.save({**state, "step": step}, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").replace(checkpoint)
     network.load_state_dict(average)
     first, five = accuracy(network, pictures, answers)
     print(f"{step} steps: held-out vendor names the concept first {first:.3f}, among five {five:.3f} (n={len(held)})")
