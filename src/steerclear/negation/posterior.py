@@ -127,7 +127,9 @@ def _accumulator(device: torch.device) -> torch.dtype:
 
 def _column(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A level's coefficient as ``(batch, 1)``."""
-    column = torch.as_tensor(value, dtype=dtype, device=x.device).reshape(-1, 1)
+    if not isinstance(value, Tensor):
+        return torch.full((x.shape[0], 1), value, dtype=dtype, device=x.device)  # a copy from the host would wait
+    column = value.to(x.device, dtype).reshape(-1, 1)
     if column.shape[0] not in (1, x.shape[0]):
         raise InvalidInput(
             f"posterior: expected one noise level, or one per sample ({x.shape[0]}), got {column.shape[0]} values; "
