@@ -123,10 +123,11 @@ def load(name: str, **settings: Any) -> Detector:  # noqa: ANN401  (each detecto
         raise InvalidInput(f"detector: expected one of {known}, got {name!r}")
     try:
         detector = points[name].load()(**settings)
+        known_labels = getattr(detector, "labels", ())  # read here, so that missing weights are an error before sampling
     except SteerclearError:
         raise
     except Exception as error:
         raise SteerclearError(f"detector {name!r} does not load: {type(error).__name__}: {error}") from error
-    if not isinstance(detector, Detector):
+    if not known_labels or not isinstance(detector, Detector):
         raise SteerclearError(f"detector {name!r}: expected an object with labels and __call__, got {detector!r}")
     return detector

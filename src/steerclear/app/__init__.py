@@ -1,0 +1,1 @@
+"""The front doors: command line, demo and report. Nothing imports this package."""

@@ -1,0 +1,52 @@
+"""The command line ``steerclear``: one command per file, each a thin shell over a Python call.
+
+Nothing heavy is imported here, so that ``--help`` is quick.
+"""
+
+from typing import Any
+
+import click
+
+from steerclear import __version__
+from steerclear.app.cli.demo import demo
+from steerclear.app.cli.generate import generate
+from steerclear.app.cli.models import models
+from steerclear.app.cli.negate import negate
+from steerclear.errors import InvalidInput, SteerclearError
+
+
+class Shell(click.Group):
+    """A group whose expected errors are one line on stderr: exit code 2 for wrong input, 1 for everything else."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401  (as click declares it)
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (SteerclearError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            ctx.exit(2 if isinstance(error, InvalidInput) else 1)
+
+
+@click.group(
+    cls=Shell,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Start here:
+  steerclear demo                        see it work on the model that ships, in a few minutes
+  steerclear generate "a drink"          one guarded picture
+  steerclear negate build bad/ -o bad.safetensors
+                                         make your own negation set from a folder
+\b
+Every command has its own --help with examples.""",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="steerclear")
+def main(debug: bool) -> None:
+    """Make diffusion models steer clear of unwanted content while they draw, without retraining."""
+
+
+for command in (demo, generate, negate, models):
+    main.add_command(command)

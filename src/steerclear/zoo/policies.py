@@ -1,0 +1,167 @@
+"""The policies that ship with the package: what to steer away from, beside what to keep, with calibrated settings.
+
+They live in ``policies/``: one negation set per policy, a safe reference set, and ``policies.json``, written by the
+recipe that made them::
+
+    {"weapons": {"file": "weapons.safetensors", "safe": "safe.safetensors", "concepts": ["dagger", ...],
+                 "settings": {"bandwidth": 4.0, "prior": 0.5, ...}}, ...}
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steerclear.errors import InvalidInput, NegationFileError
+
+if TYPE_CHECKING:
+    from steerclear.guards.base import Guard
+    from steerclear.negation import NegationSet
+
+ROOT = Path(__file__).parent / "policies"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Policy:
+    """One thing to steer away from, or several with the same settings.
+
+    Args:
+        name: Its name, or the names joined by ``+``.
+        concepts: What it covers, as the model and the judge name it.
+        negation: Pictures to steer away from.
+        safe: Pictures to go on drawing.
+        settings: Calibrated for the shipped model; what the guards below read.
+    """
+
+    name: str
+    concepts: tuple[str, ...]
+    negation: "NegationSet"
+    safe: "NegationSet"
+    settings: Mapping[str, Any]
+
+
+def policies() -> tuple[str, ...]:
+    """Names of the shipped policies."""
+    return tuple(_table())
+
+
+def concepts(name: str) -> tuple[str, ...]:
+    """What a policy covers, without loading its pictures."""
+    return tuple(_entry(name)["concepts"])
+
+
+@cache
+def policy(name: str) -> Policy:
+    """A shipped policy.
+
+    Raises:
+        InvalidInput: For an unknown name; the message lists the known ones.
+        NegationFileError: If its files are missing or damaged.
+    """
+    entry = _entry(name)
+    return Policy(
+        name=name,
+        concepts=tuple(entry["concepts"]),
+        negation=_set(entry["file"]),
+        safe=_set(entry["safe"]),
+        settings=entry.get("settings", {}),
+    )
+
+
+def guard(names: str | Iterable[str], *, strength: float | None = None) -> "Guard":
+    """The recommended guard for one policy or several, calibrated for the shipped model.
+
+    Policies with equal settings share one guard over the union of their negation sets; others follow one another.
+
+    Args:
+        names: Of :func:`policies`.
+        strength: In place of the calibrated one.
+
+    Raises:
+        InvalidInput: Without a name, or for an unknown one.
+        NegationFileError: If files are missing or damaged.
+    """
+    return _chained([recommended(each) for each in _merged(names, strength)])
+
+
+def safe_denoiser(names: str | Iterable[str], *, strength: float | None = None) -> "Guard":
+    """The plain Safe Denoiser with the same evidence, for comparison. Same arguments and errors as :func:`guard`."""
+    return _chained([plain(each) for each in _merged(names, strength)])
+
+
+def recommended(policy: Policy) -> "Guard":
+    """How the recommended guard is made from a policy. The one place to change when a better one is found."""
+    return plain(policy)
+
+
+def plain(policy: Policy) -> "Guard":
+    """The two-sample Safe Denoiser with the policy's settings."""
+    from steerclear.guards.safe_denoiser import SafeDenoiser
+    from steerclear.guards.weights import TwoSample
+
+    settings = dict(policy.settings)
+    weight = {key: settings[key] for key in ("bandwidth", "temperature", "prior", "slope", "offset") if key in settings}
+    own = {key: settings[key] for key in ("strength", "max_beta", "gate") if key in settings}
+    return SafeDenoiser(negation=policy.negation, weight=TwoSample(safe=policy.safe, **weight), **own)
+
+
+def _chained(guards: list["Guard"]) -> "Guard":
+    from steerclear.guards.base import chain
+
+    return guards[0] if len(guards) == 1 else chain(*guards)
+
+
+def _merged(names: str | Iterable[str], strength: float | None) -> list[Policy]:
+    """The named policies, those with the same safe set and settings joined into one."""
+    override = {} if strength is None else {"strength": strength}
+    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    if not wanted:
+        raise InvalidInput(f"guard: expected at least one policy of {', '.join(policies())}; got none")
+    groups: dict[str, list[str]] = {}
+    for name in wanted:
+        entry = _entry(name)
+        key = json.dumps([entry["safe"], entry.get("settings", {})], sort_keys=True)
+        groups.setdefault(key, []).append(name)
+    return [_joined([policy(name) for name in group], override) for group in groups.values()]
+
+
+def _joined(group: list[Policy], override: Mapping[str, Any]) -> Policy:
+    first, *others = group
+    negation = first.negation
+    for other in others:
+        negation = negation.add(other.negation)
+    return Policy(
+        name="+".join(each.name for each in group),
+        concepts=tuple(concept for each in group for concept in each.concepts),
+        negation=negation,
+        safe=first.safe,
+        settings={**first.settings, **override},
+    )
+
+
+def _entry(name: str) -> dict[str, Any]:
+    table = _table()
+    if name not in table:
+        raise InvalidInput(f"policy: expected one of {', '.join(table)}, got {name!r}")
+    return table[name]
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    path = ROOT / "policies.json"
+    try:
+        table: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NegationFileError(f"policies: expected {path}, found none; reinstall steerclear") from error
+    except ValueError as error:
+        raise NegationFileError(f"policies: expected JSON in {path}, got {error}; reinstall steerclear") from error
+    return table
+
+
+@cache
+def _set(file: str) -> "NegationSet":
+    from steerclear.negation import NegationSet
+
+    return NegationSet.load(ROOT / file)
