@@ -99,12 +99,18 @@ def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int) -> Ten
         for few in _slices(n, rows):
             total = x.new_zeros((), dtype=wide)
             for part in _slices(dim, columns):
-                points = y[few, part].to(x)
-                difference = x[some, None, part] - alpha[some, None] * points
-                total = total + difference.square().sum(-1, dtype=wide)
+                total = total + _block(x[some, part], y[few, part].to(x), alpha[some], wide)
             row.append(total)
         parts.append(torch.cat(row, 1))
     return torch.cat(parts)
+
+
+def _block(x: Tensor, y: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    """One block of :func:`squared_distances`. In few dimensions planes are summed: a tiny last axis is slow to reduce."""
+    if x.shape[1] > 8:
+        return (x[:, None] - alpha[:, None] * y).square().sum(-1, dtype=dtype)
+    planes = [(x[:, None, j] - alpha * y[None, :, j]).to(dtype).square() for j in range(x.shape[1])]
+    return torch.stack(planes).sum(0) if len(planes) > 2 else sum(planes[1:], planes[0])
 
 
 def _average(weights: Tensor, y: Tensor, *, block: int) -> Tensor:
