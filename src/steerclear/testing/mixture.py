@@ -130,9 +130,7 @@ class Mixture:
             points, chosen_tensor = self.sample(n, condition=condition, generator=generator)
             chosen, weights = chosen_tensor.tolist(), torch.ones(n, dtype=points.dtype)
         space = Space(encoder="pixels", shape=tuple(points.shape[1:]), name="mixture")
-        return NegationSet(
-            latents=points, weights=weights, labels=tuple(self.labels[k] for k in chosen), space=space
-        )
+        return NegationSet(latents=points, weights=weights, labels=tuple(self.labels[k] for k in chosen), space=space)
 
     def nearest(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest component ``(batch,)`` and the distance to its centre in standard deviations (a Dirac's is 1)."""

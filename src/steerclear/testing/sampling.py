@@ -1,11 +1,13 @@
 """Runs a known denoiser, guarded or not, through a sampler: this file's own, or any diffusers scheduler.
 
-:func:`ancestral` is the textbook sampler on :meth:`NoiseLevel.reverse`, free of diffusers. :class:`MixturePipeline` lets
-a mixture play the network of a real pipeline, so that a guard is tested through the real ``attach`` and the real solver.
+:func:`ancestral` is the textbook sampler on :meth:`NoiseLevel.reverse`, free of diffusers. :class:`MixturePipeline`
+lets a mixture play the network of a pipeline, so that a guard is tested through the real ``attach`` and the real solver.
 """
 
+import inspect
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from steerclear.denoise import Denoiser, DenoiseState
-from steerclear.guards.base import Guard
+from steerclear.guards.base import Guard, Requires, requirements
 from steerclear.noise import NoiseLevel, Prediction
 from steerclear.testing.mixture import Mixture
 
@@ -61,7 +63,7 @@ def ancestral(
         The sample at the last level.
     """
     memory: dict[Any, Any] = {}
-    for step, (level, to) in enumerate(zip(levels, levels[1:], strict=False)):
+    for step, (level, to) in enumerate(itertools.pairwise(levels)):
         state = DenoiseState(
             x_t=x, level=level, step=step, num_steps=len(levels) - 1, eta=eta, denoise=denoiser, memory=memory
         )
@@ -125,6 +127,20 @@ class MixturePipeline(DiffusionPipeline):
         return x
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spaceless:
+    """A guard on a pipeline that has no encoder to compare its negation sets with, such as :class:`MixturePipeline`."""
+
+    guard: Guard
+
+    @property
+    def requires(self) -> Requires:
+        return replace(requirements(self.guard), negation=())
+
+    def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
+        return self.guard(denoised, state)
+
+
 def scheduler_level(scheduler: Any, timestep: Tensor) -> NoiseLevel:  # noqa: ANN401
     """Asks a scheduler what it adds to a one without noise, and to a noise of one: its alpha and sigma."""
     add = scheduler.scale_noise if _is_flow(scheduler) else scheduler.add_noise
@@ -139,6 +155,4 @@ def _is_flow(scheduler: Any) -> bool:  # noqa: ANN401
 
 
 def _takes_generator(scheduler: Any) -> bool:  # noqa: ANN401
-    import inspect
-
     return "generator" in inspect.signature(scheduler.step).parameters
