@@ -24,7 +24,8 @@ class Linear:
     space = Space(encoder="sha256:linear", shape=(2, 3), name="a linear map")
     size = SIZE
 
-    def __init__(self):
+    def __init__(self, **asked):
+        self.asked = asked
         self.matrix = torch.randn(6, 3 * 8 * 12, generator=torch.Generator().manual_seed(3))
         self.batches = []
 
@@ -407,7 +408,7 @@ class FakePipe:
 def hook(monkeypatch):
     """The hook with a factory for fake pipelines, taken back after the test."""
     monkeypatch.setattr(encoder, "_factories", [])
-    encoder.use(lambda pipe: Linear())
+    encoder.use(lambda pipe, **size: Linear(**size))
 
 
 def drawn_with(seed):
@@ -420,6 +421,15 @@ def test_a_pipeline_becomes_an_encoder_through_the_hook(hook):
     assert encoder_of(linear) is linear
     assert isinstance(encoder_of(FakePipe()), Linear)
     assert len(NegationSet.encode([noise(1)], FakePipe(), progress=False)) == 1
+
+
+def test_another_size_reaches_the_factory(hook, monkeypatch):
+    assert encoder_of(FakePipe()).asked == {}
+    assert encoder_of(FakePipe(), height=16).asked == {"height": 16}
+    asked = []
+    encoder.use(lambda pipe, **size: asked.append(size) or Linear())
+    NegationSet.generate(FakePipe(), "a dagger", 1, progress=False, height=16, width=24)
+    assert asked == [{"height": 16, "width": 24}]
 
 
 def test_without_the_hook_the_error_says_what_to_import(monkeypatch):

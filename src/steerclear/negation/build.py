@@ -71,7 +71,8 @@ def generate(
         raise InvalidInput(f"generate: expected at least one prompt and n >= 1, got {len(listed)} prompts and n={n}")
     if taken := {"prompt", "generator", "output_type", "num_images_per_prompt", "return_dict"}.intersection(call):
         raise InvalidInput(f"generate: expected options that are not set here, got {sorted(taken)}; leave them out")
-    encoder = encoder_of(pipe)  # before the first picture is drawn: an unusable pipeline fails at once
+    # Before the first picture is drawn, so that an unusable pipeline fails at once.
+    encoder = encoder_of(pipe, **{name: call[name] for name in ("height", "width") if call.get(name)})
     rows = [(prompt, seed + k) for k, prompt in enumerate(p for p in listed for _ in range(n))]
     drawn: list[Any] = []
     replaced: list[Skip] = []

@@ -35,16 +35,21 @@ class Encoder(Protocol):
         ...
 
 
-_factories: list[Callable[[Any], Encoder]] = []
+_factories: list[Callable[..., Encoder]] = []
 
 
-def use(factory: Callable[[Any], Encoder]) -> None:
-    """Register the function that makes an encoder of a pipeline; the last one registered is asked."""
+def use(factory: Callable[..., Encoder]) -> None:
+    """Register ``factory(pipe, **options) -> Encoder``; the last one registered is asked."""
     _factories.append(factory)
 
 
-def encoder_of(source: Any) -> Encoder:  # noqa: ANN401 - a pipeline of any library
+def encoder_of(source: Any, **options: Any) -> Encoder:  # noqa: ANN401 - a pipeline of any library, and what it needs
     """The encoder that ``source`` is, or that the registered factory makes of it.
+
+    Args:
+        source: An :class:`Encoder`, or a pipeline.
+        options: For a pipeline, passed on to the factory: ``height`` and ``width`` in pixels if it will draw at another
+            size than its default; see ``steerclear.attach.space.encoder_of`` for all.
 
     Raises:
         InvalidInput: If ``source`` is no encoder and nothing was registered.
@@ -56,4 +61,4 @@ def encoder_of(source: Any) -> Encoder:  # noqa: ANN401 - a pipeline of any libr
             f"expected an Encoder, got {type(source).__name__}; import steerclear.attach first, "
             "which knows how to encode with a diffusers pipeline"
         )
-    return _factories[-1](source)
+    return _factories[-1](source, **options)

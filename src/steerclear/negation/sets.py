@@ -90,7 +90,8 @@ class NegationSet:
             images: A folder (searched with its subfolders), a list of paths, PIL images or tensors in [0, 1], or one
                 tensor ``(n, 3, h, w)``. Turned upright, flattened on white, cropped about the centre to the encoder's
                 aspect, resized; of an animated file, the first frame.
-            pipe_or_encoder: A pipeline (``steerclear.attach`` must be imported) or an :class:`Encoder`.
+            pipe_or_encoder: A pipeline (``steerclear.attach`` must be imported), or an :class:`Encoder`:
+                ``encoder_of(pipe, height=…, width=…)`` for another size than the pipeline's default.
             labels: One for all, or one per picture; by default the name of the folder that each file is in.
             ids: One per picture; by default the path inside the folder, else the start of the digest.
             progress: Show a bar.
