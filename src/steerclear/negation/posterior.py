@@ -106,7 +106,7 @@ def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int) -> Ten
 
 
 def _block(x: Tensor, y: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
-    """One block of :func:`squared_distances`. In few dimensions planes are summed: a tiny last axis is slow to reduce."""
+    """One block of :func:`squared_distances`. In few dimensions, planes are summed: short rows are slow to reduce."""
     if x.shape[1] > 8:
         return (x[:, None] - alpha[:, None] * y).square().sum(-1, dtype=dtype)
     planes = [(x[:, None, j] - alpha * y[None, :, j]).to(dtype).square() for j in range(x.shape[1])]
