@@ -10,17 +10,20 @@ from types import ModuleType
 
 from steerclear.attach.api import Pipeline, PromptGuard, apply_guard, attach, remove_guard, suspended
 from steerclear.attach.coupling import Coupling
+from steerclear.attach.space import PipelineEncoder, encoder_of
 from steerclear.attach.trace import CallRecord, StepRecord, Trace
 from steerclear.guards.base import Guard
 
 __all__ = [
     "CallRecord",
     "Coupling",
+    "PipelineEncoder",
     "PromptGuard",
     "StepRecord",
     "Trace",
     "apply_guard",
     "attach",
+    "encoder_of",
     "remove_guard",
     "suspended",
 ]
