@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -27,7 +27,7 @@ _ATTACHED: WeakKeyDictionary[object, list[Attachment]] = WeakKeyDictionary()
 @contextmanager
 def attach(
     pipe: Pipeline, *guards: Guard, prompts: PromptGuard | None = None, coupling: Coupling = "score"
-) -> Iterator[Trace]:
+) -> Generator[Trace]:
     r"""Guard every call of ``pipe`` inside the block.
 
     .. math:: o' = o + (\hat x' - \hat x)/k_o \qquad \text{where } \hat x = k_x x_t + k_o o
@@ -95,7 +95,7 @@ def scheduler_of(pipe: Pipeline) -> Any:  # noqa: ANN401 - any scheduler
 
 
 @contextmanager
-def suspended(pipe: Pipeline) -> Iterator[None]:
+def suspended(pipe: Pipeline) -> Generator[None]:
     """Take all guards off ``pipe`` for the length of the block: for self-tests that sample with it."""
     attachments = _ATTACHED.pop(pipe, None)
     _dress(pipe)
@@ -215,8 +215,8 @@ def _check(pipe: Pipeline, attachments: list[Attachment]) -> None:
         total |= attachment.requires
         if attachment.requires.one_call and not reader.one_call:
             raise UnsoundCombination(
-                f"{attachment.names} needs one network evaluation per step, got {type(scheduler).__name__}, which makes "
-                "more. Use DDPMScheduler, DDIMScheduler, EulerAncestralDiscreteScheduler or DPMSolverMultistepScheduler"
+                f"{attachment.names} needs one network evaluation per step, got {type(scheduler).__name__}, which "
+                "makes more. Use DDPMScheduler, DDIMScheduler, EulerAncestralDiscreteScheduler or DPMSolverMultistepScheduler"
             )
     if total.negation:
         from steerclear.attach import space

@@ -13,7 +13,6 @@ from steerclear.attach.trace import CallRecord, StepRecord, Trace
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.base import Guard, Requires, requirements
-from steerclear.noise import per_sample
 
 SOUND_STOCHASTIC = "DDPMScheduler, EulerAncestralDiscreteScheduler, or DDIMScheduler with eta=1"
 
@@ -72,7 +71,8 @@ class Layer:
         self.attachment = attachment
         self.requires = attachment.requires
         self.record = CallRecord()
-        self.bad: list[tuple[str, int, Tensor]] = []
+        self.bad: list[tuple[int, Tensor]] = []
+        self.blank: tuple[Tensor, Tensor] | None = None  # what records of unchanged steps share
         attachment.trace.calls.append(self.record)
 
     def skip(self, moment: Moment, reason: str) -> None:
@@ -90,26 +90,32 @@ class Layer:
         target = self._guarded(estimate, moment, memory, record)
         if target is estimate:
             return moment
-        mask = (target != estimate) & per_sample(finite, target)
-        record.fired = fired = mask.flatten(1).any(1)
         delta = target - estimate
-        record.change = torch.where(fired, torch.linalg.vector_norm(delta.flatten(1), dim=1), 0.0)
+        record.change = change = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        self._check_finite(change, record)
+        record.fired = fired = (change > 0) & finite
+        hits = fired.tolist() if fired.device.type == "cpu" else None  # elsewhere looking would wait for the device
+        if hits is not None and not any(hits):
+            return moment
         if reading.projection is not None:
-            # The scheduler projects again: unchanged elements of a changed sample must be written projected as well.
-            delta, mask = target - raw, per_sample(fired, target).expand_as(target)
-        edit = Edit(target=target, delta=delta, mask=mask, fired=fired, generator=moment.generator)
+            # The scheduler projects again, so a changed sample is written projected wherever it did not change.
+            delta = target - raw
+        some = None if hits is not None and all(hits) else fired
+        edit = Edit(target=target, delta=delta, fired=some, generator=moment.generator)
         output, sample = COUPLE[self.attachment.coupling](moment.output, moment.sample, reading, edit)
         return _with(moment, output, sample)
 
     def _record(self, moment: Moment) -> StepRecord:
         batch, device = moment.sample.shape[0], moment.sample.device
+        if self.blank is None or self.blank[0].shape[0] != batch or self.blank[0].device != device:
+            self.blank = torch.zeros(batch, dtype=torch.bool, device=device), torch.zeros(batch, device=device)
         record = StepRecord(
             step=moment.step,
             num_steps=moment.num_steps,
             alpha=moment.reading.level.alpha,
             sigma=moment.reading.level.sigma,
-            fired=torch.zeros(batch, dtype=torch.bool, device=device),
-            change=torch.zeros(batch, device=device),
+            fired=self.blank[0],
+            change=self.blank[1],
         )
         self.record.steps.append(record)
         return record
@@ -135,7 +141,7 @@ class Layer:
                     "Return a new tensor"
                 )
             if result is not None and result is not current:
-                current = self._checked(guard, result, current, record)
+                current = _checked(guard, result, current)
         self.record.guard_seconds += perf_counter() - start
         return current
 
@@ -163,36 +169,37 @@ class Layer:
 
         return counted
 
-    def _checked(self, guard: Guard, result: Any, given: Tensor, record: StepRecord) -> Tensor:  # noqa: ANN401
-        name = type(guard).__name__
-        if not isinstance(result, Tensor):
-            raise InvalidInput(
-                f"{name}: expected a tensor or None, got {type(result).__name__}. Fix the guard's return"
-            )
-        expected = (tuple(given.shape), given.dtype, given.device)
-        got = (tuple(result.shape), result.dtype, result.device)
-        if expected != got:
-            raise InvalidInput(
-                f"{name}: expected shape, dtype and device {_words(expected)}, got {_words(got)}. "
-                "A guard returns its estimate like the one it was given"
-            )
-        finite = result.detach().flatten(1).sum(1).isfinite()
-        if record.finite is not None:
-            finite = finite | ~record.finite
-        self.bad.append((name, record.step, ~finite))
-        if given.device.type == "cpu":
+    def _check_finite(self, change: Tensor, record: StepRecord) -> None:
+        known = change.isfinite()
+        if change.device.type == "cpu" and bool(known.all()):
+            return
+        self.bad.append((record.step, ~known if record.finite is None else ~known & record.finite))
+        if change.device.type == "cpu":
             self.check_finite()
-        return result.detach()
 
     def check_finite(self) -> None:
         """Raise if a guard returned NaN or infinity; on an accelerator this waits, so it runs after the last step."""
         waiting, self.bad = self.bad, []
-        for name, step, rows in waiting:
+        for step, rows in waiting:
             if bool(rows.any()):
                 raise InvalidInput(
-                    f"{name}: expected finite values, got NaN or infinity at step {step} in samples "
+                    f"{self.attachment.names}: expected finite values, got NaN or infinity at step {step} in samples "
                     f"{rows.nonzero().flatten().tolist()}. No image is returned; check the guard's own numbers"
                 )
+
+
+def _checked(guard: Guard, result: Any, given: Tensor) -> Tensor:  # noqa: ANN401
+    name = type(guard).__name__
+    if not isinstance(result, Tensor):
+        raise InvalidInput(f"{name}: expected a tensor or None, got {type(result).__name__}. Fix the guard's return")
+    expected = (tuple(given.shape), given.dtype, given.device)
+    got = (tuple(result.shape), result.dtype, result.device)
+    if expected != got:
+        raise InvalidInput(
+            f"{name}: expected shape, dtype and device {_words(expected)}, got {_words(got)}. "
+            "A guard returns its estimate like the one it was given"
+        )
+    return result.detach()
 
 
 def _full(x: Tensor) -> Tensor:

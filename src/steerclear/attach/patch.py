@@ -1,14 +1,14 @@
 """The scheduler's class swap: ``step`` of one instance goes through the guards for the length of a pipeline call.
 
 The stand-in class keeps the name, module and signature of the original, so that pipelines that probe ``step`` for
-``eta`` or ``generator``, ``isinstance``, ``save_pretrained``, ``pickle`` and ``from_config`` all see the stock scheduler.
+``eta`` or ``generator``, ``isinstance``, ``save_pretrained``, ``pickle`` and ``from_config`` see the stock scheduler.
 Which guards belong to an instance is kept beside the instances, never on them.
 """
 
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -37,7 +37,7 @@ _BYPASSES = ("batch_step_no_noise",)
 
 
 @contextmanager
-def swapped(scheduler: Any, interceptor: Interceptor) -> Iterator[None]:  # noqa: ANN401 - any scheduler
+def swapped(scheduler: Any, interceptor: Interceptor) -> Generator[None]:  # noqa: ANN401 - any scheduler
     """Send the steps of ``scheduler``, and what its copies do, through ``interceptor`` until the block ends.
 
     Nests: the interceptor that came first acts first.

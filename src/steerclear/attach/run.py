@@ -222,13 +222,14 @@ class Run:
 
     def _problem(self, calls: int | None) -> str | None:
         tally, name = self.tally, type(self.scheduler).__name__
-        total = len(getattr(self.scheduler, "timesteps", None) if self.scheduler.timesteps is not None else ())
+        timesteps: Any = getattr(self.scheduler, "timesteps", None)
+        total = 0 if timesteps is None else len(timesteps)
         if tally.methods:
             return f"steps through {', '.join(sorted(tally.methods))}, which guards cannot follow: use another pipeline"
         if not tally.guarded and not tally.skipped:
             return (
-                f"0 calls in {total} steps: this pipeline did not step the scheduler that it was given ({name}), or made "
-                "no step at all"
+                f"0 calls in {total} steps: this pipeline did not step the scheduler that it was given ({name}), "
+                "or made no step at all"
             )
         if not tally.guarded:
             reasons = "; ".join(tally.reasons)

@@ -56,7 +56,7 @@ class StepRecord:
         level = {"alpha": _mean(self.alpha), "sigma": _mean(self.sigma)}
         return [
             {"step": self.step, "num_steps": self.num_steps, "sample": row, **level}
-            | {"fired": fired[row], "change": change[row]}
+            | {"fired": fired[row], "change": change[row] if fired[row] else 0.0}
             | {"skipped": self.skipped or (None if finite[row] else "the estimate is not finite")}
             | {name: values[row] for name, values in notes.items()}
             for row in range(len(fired))

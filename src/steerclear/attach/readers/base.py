@@ -89,7 +89,8 @@ def step_index(scheduler: Scheduler, timestep: float | Tensor) -> int:
     """Position in the schedule, set up early by the scheduler's own rule when this is the first step."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
-    return int(scheduler.step_index)
+    index: int = scheduler.step_index
+    return int(index)
 
 
 def timestep_value(scheduler: Scheduler, timestep: float | Tensor, floats: Floats) -> float:

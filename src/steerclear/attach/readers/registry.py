@@ -65,7 +65,10 @@ class SchedulerReader:
         if start is None:
             value = timestep_value(scheduler, timestep, floats)
             start = table.index(value) if value in table else 0
-        return max(1, len(table) - self.trailing - start)
+        sigmas = getattr(scheduler, "sigmas", None)
+        # A timestep for every sigma means that the last one, at sigma 0, is no step (LTX with explicit sigmas).
+        trailing = self.trailing or int(isinstance(sigmas, Tensor) and len(sigmas) == len(table) and table[-1] == 0)
+        return max(1, len(table) - trailing - start)
 
     def steps(self, scheduler: Scheduler, call: int, calls: int) -> tuple[int, int]:
         """Index of the step and number of steps, for the ``call``-th of ``calls`` calls."""
