@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from types import SimpleNamespace
@@ -432,10 +434,20 @@ def test_another_size_reaches_the_factory(hook, monkeypatch):
     assert asked == [{"height": 16, "width": 24}]
 
 
-def test_without_the_hook_the_error_says_what_to_import(monkeypatch):
-    monkeypatch.setattr(encoder, "_factories", [])
-    with pytest.raises(InvalidInput, match=r"expected an Encoder, got FakePipe; import steerclear\.attach first"):
-        NegationSet.encode([noise(1)], FakePipe(), progress=False)
+def test_the_pipeline_encoder_is_loaded_when_it_is_first_needed():
+    code = """
+import sys, torch
+from steerclear.errors import UnsupportedPipeline
+from steerclear.negation import NegationSet
+assert "diffusers" not in sys.modules
+try:
+    NegationSet.encode([torch.rand(3, 64, 64)], object(), progress=False)
+except UnsupportedPipeline as error:
+    print("diffusers" in sys.modules, error)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("True object: expected")
 
 
 def test_generate_draws_each_picture_from_its_own_seed(hook):

@@ -9,6 +9,7 @@ on the validation vendor, which nothing else sees. Checkpoints; run again to res
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def main() -> None:
     while step < args.steps:
         share = step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * share))
+            group["lr"] = RATE * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
         n_else = int(BATCH * ELSE_SHARE)
         rows = np.concatenate([rng.choice(known, BATCH - n_else, p=balance), rng.choice(other, n_else // 2)])
         y = torch.tensor([truth[i] for i in rows])

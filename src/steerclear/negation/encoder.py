@@ -1,14 +1,14 @@
 """How pictures become latents: the protocol, and the hook through which a pipeline is turned into an encoder.
 
-This layer does not know diffusers. Whoever does (``steerclear.attach``) registers itself once with :func:`use`.
+This layer does not know diffusers. Whoever does (``steerclear.attach.space``) registers itself with :func:`use`.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from steerclear.errors import InvalidInput
 from steerclear.negation.space import Space
 
 
@@ -52,13 +52,11 @@ def encoder_of(source: Any, **options: Any) -> Encoder:  # noqa: ANN401 - a pipe
             size than its default; see ``steerclear.attach.space.encoder_of`` for all.
 
     Raises:
-        InvalidInput: If ``source`` is no encoder and nothing was registered.
+        UnsupportedPipeline: If ``source`` is neither an encoder nor a pipeline whose space can be established.
     """
     if isinstance(source, Encoder):
         return source
     if not _factories:
-        raise InvalidInput(
-            f"expected an Encoder, got {type(source).__name__}; import steerclear.attach first, "
-            "which knows how to encode with a diffusers pipeline"
-        )
+        # The one arrow that points up, and only when it is needed: reading a set must not load diffusers.
+        import_module("steerclear.attach")
     return _factories[-1](source, **options)

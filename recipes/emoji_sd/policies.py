@@ -1,0 +1,74 @@
+"""Negation sets and the safe reference set of the shipped policies, from art that the generator never saw.
+
+    python recipes/emoji_sd/policies.py --build build/emoji-sd
+
+Every reference drawing is encoded in several variants (mirrored or not, shrunk, shifted), because a kernel on latents
+knows no invariance. Writes ``BUILD/policies/*.safetensors`` and ``policies.json``; ``settings.json`` beside
+concepts.yaml holds the guards' calibrated settings, written by calibrate.py.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from unet import VARIANTS, variants
+
+import steerclear.attach  # noqa: F401 - teaches NegationSet to encode with a pipeline
+from steerclear import NegationSet
+
+SAFE_VARIANTS = 4
+
+
+def references(items: list[dict], images: np.ndarray, vendors: list[str], names: set[str], count: int):  # noqa: ANN201
+    """Pictures in [0, 1], labels (concepts) and ids (vendor/concept/variant)."""
+    rng = np.random.default_rng(1)
+    pictures, labels, ids = [], [], []
+    for row, item in enumerate(items):
+        if item["vendor"] in vendors and item["name"] in names:
+            made = variants(images[row], rng)[:count].clamp(-1, 1).add(1).div(2)
+            pictures += list(made)
+            labels += [item["name"]] * count
+            ids += [f"{item['vendor']}/{item['name']}/{k}" for k in range(count)]
+    return pictures, labels, ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=Path("build/emoji-sd"))
+    args = parser.parse_args()
+    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
+    settings = json.loads(Path(__file__).with_name("settings.json").read_text())
+    items = json.loads((args.build / "items.json").read_text())
+    images = np.load(args.build / "images.npy", mmap_mode="r")
+    vendors = config["vendors"]["references"]
+    pipe = StableDiffusionPipeline.from_pretrained(args.build / "emoji-sd", torch_dtype=torch.float32)
+    drawn = {name for members in config["groups"].values() for name in members}
+    unsafe = {name for members in config["policies"].values() for name in members}
+    out = args.build / "policies"
+    out.mkdir(exist_ok=True)
+
+    table = {}
+    for policy, names in config["policies"].items():
+        pictures, labels, ids = references(items, images, vendors, set(names), VARIANTS)
+        negation = NegationSet.encode(pictures, pipe, labels=labels, ids=ids)
+        negation.save(out / f"{policy}.safetensors")
+        table[policy] = {
+            "file": f"{policy}.safetensors",
+            "safe": "safe.safetensors",
+            "concepts": names,
+            "settings": settings,
+        }
+        print(f"{policy}: {len(negation)} references of {len(set(labels))} concepts")
+    pictures, labels, ids = references(items, images, vendors, drawn - unsafe, SAFE_VARIANTS)
+    safe = NegationSet.encode(pictures, pipe, labels=labels, ids=ids)
+    safe.save(out / "safe.safetensors")
+    (out / "policies.json").write_text(json.dumps(table, indent=1))
+    print(f"safe: {len(safe)} references of {len(set(labels))} concepts")
+
+
+if __name__ == "__main__":
+    main()
