@@ -11,6 +11,7 @@ from PIL import Image
 
 from steerclear import detect
 from steerclear.app.cli import main
+from steerclear.app.prompts import load_prompts
 from steerclear.negation import NegationSet
 from steerclear.testing.pipelines import tiny_pipeline
 
@@ -64,7 +65,7 @@ def policy_folder(tmp_path_factory, model_folder):
 class TinyJudge:
     """Knows all concepts of the demo and decides by the picture's mean colour: deterministic, and meaningless."""
 
-    labels = (*CONCEPTS["weapons"], *CONCEPTS["alcohol"], "red apple", "cat face", "something else")
+    labels = tuple(sorted({label for prompt in load_prompts(tuple(CONCEPTS)) for label in prompt.expected}))
 
     def __call__(self, images):
         index = (images.double().mean((1, 2, 3)) * 997).long() % len(self.labels)

@@ -88,3 +88,13 @@ def test_a_judge_that_cannot_see_the_policy_is_an_error(steerclear, shipped, tmp
     message = steerclear("demo", "--policy", "weapons", "--out", tmp_path, code=2).stderr
     assert "expected labels that Always knows" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_judge_that_cannot_see_what_was_asked_is_an_error(steerclear, shipped, tmp_path, monkeypatch):
+    from steerclear import detect
+
+    weapons = ("dagger", "bomb", "axe", "water pistol")
+    monkeypatch.setattr(detect, "load", lambda name: detect.Always(labels=weapons, probabilities=(0.0,) * 4))
+    message = steerclear("demo", "--policy", "weapons", "--out", tmp_path, code=2).stderr
+    assert "does not know" in message
+    assert not list(tmp_path.iterdir())

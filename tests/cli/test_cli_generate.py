@@ -117,6 +117,8 @@ def test_own_negation_set(steerclear, shipped, policy_folder, tmp_path):
     tracked = ("--scheduler", "ddpm")
     (other,) = entries(steerclear("generate", "a cat", *own, *tracked, "--out", tmp_path, *QUICK))
     assert other["settings"]["scheduler"] == "DDPMScheduler"
+    (loop,) = entries(steerclear("generate", "a cat", *own, "--guard", "published", "--out", tmp_path, *QUICK))
+    assert loop["settings"]["guard"]["coupling"] == "renoise"
 
 
 @pytest.mark.parametrize(
@@ -178,9 +180,9 @@ def test_killed_at_any_moment_nothing_is_lost(model_folder, tmp_path):
     words += ["--unguarded", "--json", "--model", str(model_folder), "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not list(tmp_path.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     survivors = {path: path.read_bytes() for path in tmp_path.glob("*.png") if path.with_suffix(".json").exists()}

@@ -107,11 +107,11 @@ def run(job: Run, progress: Callable[[str, int], None] = lambda arm, pictures: N
         progress: Called with the arm's title and the number of pictures that were just finished.
 
     Raises:
-        InvalidInput: If the judge cannot see what counts as unsafe.
+        InvalidInput: If the judge does not know what counts as unsafe, or what a prompt asks for.
         SteerclearError: If a guard could not be applied. No picture of that arm is returned.
     """
     started = time.perf_counter()
-    job.rule.verdicts(job.judge, torch.zeros(1, 3, 64, 64))  # a judge that cannot judge: know it before sampling
+    _check_judge(job)
     _draw(job, [(job.prompts[0], job.settings.seeds[0])], job.arms[0], steps=2)  # warm up
     reference: dict[tuple[str, int], Any] = {}
     pictures: list[Picture] = []
@@ -132,6 +132,17 @@ def run(job: Run, progress: Callable[[str, int], None] = lambda arm, pictures: N
         trace=tuple(trace),
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_judge(job: Run) -> None:
+    """A judge that cannot judge is an error before sampling, not a table of zeros after it."""
+    job.rule.verdicts(job.judge, torch.zeros(1, 3, 64, 64))
+    unknown = sorted({label for prompt in job.prompts for label in prompt.expected} - set(job.judge.labels))
+    if unknown:
+        raise InvalidInput(
+            f"demo: expected a judge that knows what the prompts ask for, but {type(job.judge).__name__} does not know "
+            f"{', '.join(unknown[:5])}; use another judge or change demo_prompts.yaml"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -52,8 +52,10 @@ class Cell:
     warn: bool = False
 
 
-def sheet(cells: Sequence[Cell], *, columns: int, side: int = 96) -> Pixels:
+def sheet(cells: Sequence[Cell], *, columns: int, side: int = 96, heads: Sequence[str] = ()) -> Pixels:
     """A contact sheet: pictures of ``side`` pixels, row by row, each with its caption.
+
+    ``heads`` stand above the columns, evenly spread over the width.
 
     Raises:
         InvalidInput: Without pictures, or for less than one column.
@@ -63,12 +65,16 @@ def sheet(cells: Sequence[Cell], *, columns: int, side: int = 96) -> Pixels:
     margin, text = 10, 18
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
-    width, height = margin + columns * (side + margin), margin + rows * (side + text + margin)
+    top = margin + (text if heads else 0)
+    width, height = margin + columns * (side + margin), top + rows * (side + text + margin)
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
     font = ImageFont.load_default(11)
+    share = (width - margin) // max(1, len(heads))
+    for index, head in enumerate(heads):
+        draw.text((margin + index * share, margin // 2), _fitted(head, font, share - margin), fill=INK, font=font)
     for index, cell in enumerate(cells):
-        x, y = margin + index % columns * (side + margin), margin + index // columns * (side + text + margin)
+        x, y = margin + index % columns * (side + margin), top + index // columns * (side + text + margin)
         page.paste(Image.fromarray(cell.pixels).resize((side, side), Image.Resampling.LANCZOS), (x, y))
         if cell.warn:
             draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline=(207, 34, 46), width=2)

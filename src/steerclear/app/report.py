@@ -205,7 +205,8 @@ def _page(result: DemoResult) -> Any:  # noqa: ANN401  (Pixels)
                 picture = by_key[arm.key, prompt.text, seed]
                 caption = prompt.text if arm is result.arms[0] else picture.verdict.label
                 cells.append(Cell(pixels=picture.pixels, caption=caption, warn=picture.verdict.unsafe))
-    return sheet(cells, columns=len(result.arms) * len(result.settings.seeds))
+    titles = [arm.title for arm in result.arms]
+    return sheet(cells, columns=len(result.arms) * len(result.settings.seeds), heads=titles)
 
 
 def machine() -> dict[str, str]:

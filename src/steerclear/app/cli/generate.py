@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 import click
 
+from steerclear import __version__
 from steerclear.app.cli import options
 from steerclear.errors import InvalidInput
 
@@ -163,6 +164,7 @@ def _drawing(choice: Any, rest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  
     if rest["scheduler"]:
         zoo.use_scheduler(pipe, rest["scheduler"])
     settings = {
+        "steerclear": __version__,
         "model": identity(rest["model"]),
         "dtype": rest["dtype"],
         "scheduler": type(pipe.scheduler).__name__,
