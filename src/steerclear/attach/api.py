@@ -216,7 +216,7 @@ def _check(pipe: Pipeline, attachments: list[Attachment]) -> None:
         if attachment.requires.one_call and not reader.one_call:
             raise UnsoundCombination(
                 f"{attachment.names} needs one network evaluation per step, got {type(scheduler).__name__}, which "
-                "makes more. Use DDPMScheduler, DDIMScheduler, EulerAncestralDiscreteScheduler or DPMSolverMultistepScheduler"
+                "makes more. Use DDPMScheduler, DDIMScheduler or EulerAncestralDiscreteScheduler"
             )
     if total.negation:
         from steerclear.attach import space

@@ -12,8 +12,9 @@ coupling       sample passed on                                output passed on
 
 ``"score"`` is the theory: the sampler integrates the guarded denoiser; one deterministic step to :math:`s` moves the
 next sample by :math:`(\alpha_s - \alpha_t\sigma_s/\sigma_t)\Delta`. ``"sample"`` keeps the predicted noise
-:math:`(x_t - \alpha\hat x)/\sigma` and moves the next sample by :math:`\alpha_s\Delta`; in the second call of a two-call
-solver it has no effect, as only the noise counts there. ``"renoise"`` is what the published Safe Denoiser code does, with fresh noise from the call's generator; it inflates the noise and is there for reproduction only.
+:math:`(x_t - \alpha\hat x)/\sigma` and moves the next sample by :math:`\alpha_s\Delta`; in the second call of a
+two-call solver it has no effect, as only the noise counts there. ``"renoise"`` is what the published Safe Denoiser code
+does, with fresh noise from the call's generator; it inflates the noise and is there for reproduction only.
 """
 
 from collections.abc import Callable

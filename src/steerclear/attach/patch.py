@@ -6,6 +6,7 @@ Which guards belong to an instance is kept beside the instances, never on them.
 """
 
 import copy
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Generator
@@ -161,7 +162,8 @@ def _adopt(twin: object, original: object) -> object:
 
 
 def _reduce_as_stock(self: Any, protocol: Any) -> Any:  # noqa: ANN401 - the pickle protocol
-    return plain(self).__reduce_ex__(protocol)
+    # Not the usual __newobj__, whose class pickle compares with that of the instance.
+    return vars(copyreg)["_reconstructor"], (stock_class(self), object, None), dict(vars(self))
 
 
 def _set_class(instance: object, cls: type) -> None:
