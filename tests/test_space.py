@@ -4,7 +4,13 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from steerclear.attach import space
 from steerclear.attach.api import apply_guard, attach
@@ -232,6 +238,13 @@ def test_a_pipeline_that_cannot_be_called_says_what_to_pass():
     call = {"prompt": None, "negative_prompt": None, "prompt_embeds": embeds, "prompt_attention_mask": mask}
     call |= {"negative_prompt_embeds": embeds, "negative_prompt_attention_mask": mask}
     assert encoder_of(pipe, height=16, width=16, call=call).space.shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize("auto", [AutoPipelineForImage2Image, AutoPipelineForInpainting])
+def test_pipelines_that_start_from_a_picture_share_the_space_of_those_that_do_not(auto):
+    pipe = tiny_pipeline("sd")
+    assert encoder_of(auto.from_pipe(pipe)).space.encoder == encoder_of(pipe).space.encoder
+    check(auto.from_pipe(pipe), [negation(encoder_of(pipe).space)])
 
 
 def test_weights_that_are_not_in_memory_are_refused():

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+from PIL import Image
 
 from steerclear.errors import UnsupportedPipeline
 
@@ -104,4 +105,19 @@ def quick_call(pipe: Any, size: tuple[int, int], steps: int = 2) -> dict[str, An
         "output_type": "np",
         "generator": torch.Generator().manual_seed(0),
     }
-    return {name: value for name, value in wishes.items() if name in names}
+    return {name: value for name, value in (wishes | _pictures(pipe, (h, w))).items() if name in names}
+
+
+def _pictures(pipe: Any, size: tuple[int, int]) -> dict[str, Any]:  # noqa: ANN401
+    """The pictures that image-to-image, inpainting and image-to-video pipelines start from: all of it to be redrawn."""
+    if getattr(pipe, "blocks", None) is not None:  # a modular pipeline draws from text when it is given no picture
+        return {}
+    named = inspect.signature(type(pipe).__call__).parameters
+    if "strength" not in named and ("image" not in named or named["image"].default is not inspect.Parameter.empty):
+        return {}
+    h, w = size
+    return {
+        "image": Image.new("RGB", (w, h), "gray"),
+        "mask_image": Image.new("L", (w, h), 255),
+        "strength": 1.0,
+    }
