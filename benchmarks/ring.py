@@ -2,7 +2,7 @@
 
     python benchmarks/ring.py            # writes benchmarks/results/ring.json and docs/images/ring.png
 
-DDPM with 200 steps and an exact network; 2 000 unsafe reference points are all that the guard knows of the unsafe modes.
+DDPM with 200 steps and an exact network; 2 000 unsafe reference points are all that the guard knows of unsafe data.
 A sample is *unsafe* if its nearest mode is, and *off* if it lies more than four standard deviations from every mode.
 """
 
@@ -115,7 +115,8 @@ def draw(mixture: Mixture, results: dict[str, dict[str, Any]], samples: dict[str
         )
         axis.set(aspect="equal", xlim=(-7.6, 7.6), ylim=(-7.6, 7.6), xticks=[], yticks=[])
     figure.suptitle(
-        "blue: safe modes · red: unsafe modes · grey: off every mode (clipped to the frame) · circles: four standard deviations",
+        "blue: safe modes · red: unsafe modes · grey: off every mode (clipped to the frame) · "
+        "circles: four standard deviations",
         fontsize=10,
         y=0.04,
     )

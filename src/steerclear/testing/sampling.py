@@ -1,7 +1,7 @@
 """Runs a known denoiser, guarded or not, through a sampler: this file's own, or any diffusers scheduler.
 
 :func:`ancestral` is the textbook sampler on :meth:`NoiseLevel.reverse`, free of diffusers. :class:`MixturePipeline`
-lets a mixture play the network of a pipeline, so that a guard is tested through the real ``attach`` and the real solver.
+lets a mixture play a pipeline's network, so that a guard is tested through the real ``attach`` and the real solver.
 """
 
 import inspect
@@ -98,14 +98,19 @@ class MixturePipeline(DiffusionPipeline):
     """A pipeline around a mixture: scheduler, loop, nothing to decode.
 
     Args:
-        mixture: Plays the network.
+        unet: The mixture as a network.
         scheduler: Any diffusers scheduler with ``add_noise`` or ``scale_noise``; it is asked for its noise levels.
     """
 
-    def __init__(self, mixture: Mixture, scheduler: Any) -> None:  # noqa: ANN401 - diffusers has no common base type
+    def __init__(self, unet: MixtureNetwork, scheduler: Any) -> None:  # noqa: ANN401 - diffusers has no common base
         super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def of(cls, mixture: Mixture, scheduler: Any) -> "MixturePipeline":  # noqa: ANN401
+        """The pipeline in which ``mixture`` predicts what ``scheduler`` expects."""
         prediction = "flow_prediction" if _is_flow(scheduler) else scheduler.config.prediction_type
-        self.register_modules(unet=MixtureNetwork(mixture, prediction), scheduler=scheduler)
+        return cls(MixtureNetwork(mixture, prediction), scheduler)
 
     @torch.no_grad()
     def __call__(
