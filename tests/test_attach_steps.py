@@ -97,18 +97,20 @@ def test_renoise_draws_nothing_when_nothing_fires() -> None:
         assert all(torch.equal(a, b) for a, b in zip(loop(), plain, strict=True))
 
 
-PROJECTING = [
-    DDIMScheduler(),
-    DDIMScheduler(thresholding=True),
-    DDPMScheduler(thresholding=True),
-    HeunDiscreteScheduler(clip_sample=True),
-    DPMSolverMultistepScheduler(thresholding=True),
+PROJECTING: list[tuple[Any, dict[str, bool]]] = [
+    (DDIMScheduler, {"clip_sample": True}),
+    (DDIMScheduler, {"thresholding": True}),
+    (DDPMScheduler, {"thresholding": True}),
+    (HeunDiscreteScheduler, {"clip_sample": True}),
+    (DPMSolverMultistepScheduler, {"thresholding": True}),
 ]
 
 
-@pytest.mark.parametrize("scheduler", PROJECTING, ids=lambda scheduler: type(scheduler).__name__)
-def test_a_guard_sees_the_clipped_estimate_and_its_target_survives_clipping(scheduler: Any) -> None:
-    loop, limits = Steps(scheduler), []
+@pytest.mark.parametrize(("scheduler", "config"), PROJECTING)
+def test_a_guard_sees_the_clipped_estimate_and_its_target_survives_clipping(
+    scheduler: Any, config: dict[str, bool]
+) -> None:
+    loop, limits = Steps(scheduler(**config)), []
 
     def half(denoised: Tensor, state: DenoiseState) -> Tensor:
         limits.append(float(denoised.abs().max()))
