@@ -8,7 +8,7 @@ and how the scheduler clips the estimate, if it does.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,8 +89,7 @@ def step_index(scheduler: Scheduler, timestep: float | Tensor) -> int:
     """Position in the schedule, set up early by the scheduler's own rule when this is the first step."""
     if scheduler.step_index is None:
         scheduler._init_step_index(timestep)
-    index: int = scheduler.step_index
-    return int(index)
+    return int(cast("int", scheduler.step_index))
 
 
 def timestep_value(scheduler: Scheduler, timestep: float | Tensor, floats: Floats) -> float:
