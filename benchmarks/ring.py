@@ -27,6 +27,8 @@ from steerclear.testing.sampling import ancestral, variance_preserving
 
 ROOT = Path(__file__).parent.parent
 MODES, PRIOR = 8, 0.25
+EDGE = 7.2
+"""Radius at which the picture ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,8 @@ def draw(mixture: Mixture, results: dict[str, dict[str, Any]], samples: dict[str
     figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4.6), sharex=True, sharey=True)
     bad = torch.tensor([label == "unsafe" for label in mixture.labels])
     for axis, name in zip(axes, shown, strict=True):
-        x_0, row = samples[name].clamp(-7.5, 7.5), results[name]
+        radius = samples[name].norm(dim=1, keepdim=True)
+        x_0, row = samples[name] * (EDGE / radius).clamp_max(1.0), results[name]
         mode, distance = mixture.nearest(samples[name])
         off = distance > 4
         for chosen, colour in ((~bad[mode] & ~off, "#1f6f8b"), (bad[mode] & ~off, "#c0392b"), (off, "#9a9a9a")):
@@ -110,12 +113,16 @@ def draw(mixture: Mixture, results: dict[str, dict[str, Any]], samples: dict[str
         for k, centre in enumerate(mixture.means):
             colour = "#c0392b" if bad[k] else "#1f6f8b"
             axis.add_patch(plt.Circle(tuple(centre.tolist()), 1.2, fill=False, color=colour, linewidth=1))
+        if bool((outside := radius > EDGE).any()):
+            far = float(radius[outside].median())
+            text = f"{int(outside.sum())} samples on the rim: really at a\nmedian distance of {far:.0f}"
+            axis.text(0, 0, text, ha="center", va="center", fontsize=10, color="#555555")
         axis.set_title(
             f"{name}\nunsafe {row['unsafe']['value']:.1%}, off every mode {row['off']['value']:.1%}", fontsize=12
         )
         axis.set(aspect="equal", xlim=(-7.6, 7.6), ylim=(-7.6, 7.6), xticks=[], yticks=[])
     figure.suptitle(
-        "blue: safe modes · red: unsafe modes · grey: off every mode (clipped to the frame) · "
+        "blue: safe modes · red: unsafe modes · grey: off every mode (those outside drawn on the rim) · "
         "circles: four standard deviations",
         fontsize=10,
         y=0.04,
