@@ -12,7 +12,6 @@ from steerclear.errors import InvalidInput
 from steerclear.guards import Guard, Requires, chain, during, requirements, when
 from steerclear.noise import NoiseLevel
 
-
 NO_NEEDS = Requires()
 
 
