@@ -115,8 +115,8 @@ def draw(mixture: Mixture, results: dict[str, dict[str, Any]], samples: dict[str
             axis.add_patch(plt.Circle(tuple(centre.tolist()), 1.2, fill=False, color=colour, linewidth=1))
         if bool((outside := radius > EDGE).any()):
             far = float(radius[outside].median())
-            text = f"{int(outside.sum())} samples on the rim: really at a\nmedian distance of {far:.0f}"
-            axis.text(0, 0, text, ha="center", va="center", fontsize=10, color="#555555")
+            text = f"{int(outside.sum())} on the rim,\nreally at a median\ndistance of {far:.0f}"
+            axis.text(0, 0, text, ha="center", va="center", fontsize=9, color="#555555")
         axis.set_title(
             f"{name}\nunsafe {row['unsafe']['value']:.1%}, off every mode {row['off']['value']:.1%}", fontsize=12
         )
