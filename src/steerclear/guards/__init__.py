@@ -2,12 +2,14 @@
 
 from steerclear.guards.base import Guard, Requires, chain, during, requirements, when
 from steerclear.guards.calibration import Calibration, calibrate
+from steerclear.guards.conditional_release import ConditionalRelease
 from steerclear.guards.published import PublishedLoop
 from steerclear.guards.safe_denoiser import SafeDenoiser
 from steerclear.guards.weights import Dynamic, Gate, TwoSample, Weight
 
 __all__ = [
     "Calibration",
+    "ConditionalRelease",
     "Dynamic",
     "Gate",
     "Guard",

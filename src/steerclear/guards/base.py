@@ -133,5 +133,3 @@ def when(condition: Callable[[DenoiseState], Tensor], guard: Guard) -> Guard:
     The guard runs for every sample, so that its memory stays whole; only its effect is gated.
     """
     return When(condition, guard)
-
-

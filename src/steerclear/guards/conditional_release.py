@@ -1,0 +1,118 @@
+r"""Conditional release: a safe denoiser for prompts that are themselves unsafe.
+
+When nearly all that a prompt describes is unsafe, the safe denoiser has nowhere to go: in every direction the
+conditional branch pulls the estimate back. So the prompt is obeyed only as far as it is safe. With classifier-free
+guidance of scale :math:`g`,
+
+.. math:: \hat x' = \hat x_{\varnothing,safe} + g\, r\, (\hat x_c - \hat x_\varnothing), \qquad
+    r = 1 - \kappa \max_{s \ge t} w_c(x_s)
+
+where :math:`w_c = P(\text{unsafe} \mid x_t, c)` is read off the conditional branch's estimate and the running maximum is
+the memory: once the sample has left the region of the prompt, :math:`w_c` falls again, and must not be believed.
+:math:`\kappa > 1` turns the released branch round, like a negative prompt that only acts on samples whose own evidence
+asks for it. The exact mixture that this approximates is derived in docs/guards.md.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerclear.denoise import DenoiseState
+from steerclear.errors import InvalidInput
+from steerclear.guards.base import Requires
+from steerclear.guards.tracking import wide
+from steerclear.guards.weights import Weight
+from steerclear.negation import NegationSet
+from steerclear.noise import per_sample
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ConditionalRelease:
+    r"""Lets go of the prompt as the evidence for unwanted content grows.
+
+    Args:
+        negation: The images to steer away from, in the sampler's space.
+        weight: How :math:`w` is estimated; with a ``bandwidth`` it looks at the branch's own estimate, which is what
+            makes it conditional.
+        strength: :math:`\kappa \ge 0`; 1 releases the prompt completely where :math:`w_c = 1`, more pushes away from it.
+        gate: Weights below it count as 0, in [0, 1): such samples stay bit-identical.
+        max_beta: Cap on :math:`w_\varnothing/(1 - w_\varnothing)` in the safe denoiser of the unconditional branch, which
+            keeps the fallback itself safe; 0 leaves that branch as it is. Acts only on released samples.
+
+    Call:
+        denoised: The guided estimate, ``(batch, *shape)``.
+        state: The step, with branches.
+
+    Returns:
+        The guarded estimate in the shape, dtype and device of ``denoised``; ``None`` at strength 0.
+
+    Notes in the trace:
+        ``weight``: :math:`w_c` of this step; ``release``: :math:`1 - r`.
+
+    Raises:
+        InvalidInput: For values outside these ranges.
+        NegationMismatch, UnsoundCombination: If the weight's references do not go with the negation set; from the
+            pipeline's call, if it runs without classifier-free guidance.
+
+    Cost:
+        No network evaluation; one ``(batch, n)`` distance matrix per reference set and step, twice with ``max_beta``.
+
+    Equal to:
+        The identity at ``strength=0`` and for every sample whose weight stays below ``gate``.
+    """
+
+    negation: NegationSet
+    weight: Weight
+    strength: float = 1.5
+    gate: float = 0.3
+    max_beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.strength < math.inf:
+            raise InvalidInput(f"ConditionalRelease: expected a finite strength >= 0, got {self.strength}")
+        if not 0.0 <= self.gate < 1.0:
+            raise InvalidInput(f"ConditionalRelease: expected 0 <= gate < 1, got {self.gate}")
+        if not 0.0 <= self.max_beta < math.inf:
+            raise InvalidInput(f"ConditionalRelease: expected 0 <= max_beta < inf, got {self.max_beta}")
+        self.weight.check(self.negation)
+
+    @property
+    def requires(self) -> Requires:
+        """The branches of guidance, and references in the sampler's space."""
+        return Requires(branches=True, negation=(self.negation,)) | self.weight.requires
+
+    def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
+        conditional, unconditional = (wide(state.branches[name]) for name in ("conditional", "unconditional"))
+        log_odds, _ = self._evidence("conditional", conditional, state)
+        released = self._latched(log_odds.sigmoid(), state)
+        state.note("weight", log_odds.sigmoid())
+        state.note("release", released)
+        if self.strength == 0.0:
+            return None
+        x = wide(denoised)
+        scale = 1.0 if state.guidance_scale is None else state.guidance_scale
+        moved = x - scale * per_sample(released, x).to(x.dtype) * (conditional - unconditional)
+        if self.max_beta > 0.0:
+            moved = moved + self._fallback(unconditional, state)
+        return torch.where(per_sample(released > 0.0, x), moved.to(denoised.dtype), denoised)
+
+    def _evidence(self, branch: str, estimate: Tensor, state: DenoiseState) -> tuple[Tensor, Tensor]:
+        """Log-odds of a branch's estimate, and the unsafe mean as seen from there."""
+        unsafe = self.weight.posterior(self.negation, estimate, state)
+        return self.weight.log_odds(unsafe, estimate, state, (self, branch)), unsafe.mean
+
+    def _latched(self, weight: Tensor, state: DenoiseState) -> Tensor:
+        r""":math:`1 - r`: strength times the highest weight so far that reached the gate."""
+        counted = torch.where(weight >= self.gate, weight, torch.zeros_like(weight))
+        highest = state.memory.get((self, "highest"))
+        highest = counted if highest is None else torch.maximum(highest, counted)
+        state.memory[(self, "highest")] = highest
+        return self.strength * highest
+
+    def _fallback(self, unconditional: Tensor, state: DenoiseState) -> Tensor:
+        r""":math:`\beta_\varnothing (\hat x_\varnothing - \hat x_{unsafe})`, the safe denoiser of that branch."""
+        log_odds, mean = self._evidence("unconditional", unconditional, state)
+        beta = log_odds.clamp_max(math.log(self.max_beta)).exp()
+        return per_sample(beta, unconditional).to(unconditional.dtype) * (unconditional - mean.to(unconditional.dtype))
