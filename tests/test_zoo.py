@@ -8,7 +8,7 @@ import torch
 
 import steerclear.zoo as zoo
 from steerclear.errors import InvalidInput, NegationFileError
-from steerclear.guards import SafeDenoiser, TwoSample
+from steerclear.guards import ConditionalRelease, SafeDenoiser, TwoSample
 from steerclear.guards.base import Chain
 from steerclear.negation import NegationSet, Space
 from steerclear.testing.pipelines import tiny_pipeline
@@ -109,9 +109,9 @@ def policies(tmp_path, monkeypatch):
     table = {
         name: {"file": f"{name}.safetensors", "safe": "safe.safetensors", "concepts": [name], "settings": settings}
         for name, settings in {
-            "one": {"prior": 0.2, "strength": 0.5},
-            "two": {"strength": 0.5, "prior": 0.2},
-            "three": {"prior": 0.3, "bandwidth": 4.0, "max_beta": 2.0, "gate": 0.1},
+            "one": {"weight": {"prior": 0.2}, "safe_denoiser": {"strength": 0.5}, "release": {"strength": 1.25}},
+            "two": {"safe_denoiser": {"strength": 0.5}, "release": {"strength": 1.25}, "weight": {"prior": 0.2}},
+            "three": {"weight": {"prior": 0.3, "bandwidth": 4.0}, "safe_denoiser": {"max_beta": 2.0, "gate": 0.1}},
         }.items()
     }
     (tmp_path / "policies.json").write_text(json.dumps(table))
@@ -130,7 +130,7 @@ def test_a_policy_has_its_sets_and_settings(policies):
     assert zoo.policies() == ("one", "two", "three")
     three = zoo.policy("three")
     assert (three.concepts, len(three.negation), len(three.safe)) == (("three",), 3, 3)
-    assert three.settings["bandwidth"] == 4.0
+    assert three.settings["weight"]["bandwidth"] == 4.0
 
 
 def test_equal_settings_share_one_guard(policies):
@@ -157,8 +157,11 @@ def test_repeated_names_count_once(policies):
 def test_the_recommended_guard_reads_the_policy(policies):
     from steerclear.guards import requirements
 
-    needed = requirements(zoo.guard(["one", "two"])).negation
-    assert {len(references) for references in needed} >= {6, 3}
+    guard = zoo.guard(["one", "two"])
+    assert isinstance(guard, ConditionalRelease)
+    assert (guard.strength, guard.weight.prior) == (1.25, 0.2)
+    assert [len(references) for references in requirements(guard).negation] == [6, 3]
+    assert zoo.guard("one", strength=0.75).strength == 0.75
 
 
 def test_unknown_policies_and_none(policies):

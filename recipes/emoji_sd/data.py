@@ -99,9 +99,12 @@ def iconify(modules: Path, vendor: str, kept: dict, names: dict) -> Iterator[tup
             found.setdefault(names[slug(name)], body)
     for code, body in found.items():
         box = f"{body.get('left', 0)} {body.get('top', 0)} {body.get('width', width)} {body.get('height', height)}"
-        yield code, (
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{box}">{body["body"]}</svg>'
+        yield (
+            code,
+            (
+                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="{box}">{body["body"]}</svg>'
+            ),
         )
 
 
@@ -139,9 +142,8 @@ def main() -> None:
 
     kept, names = concepts(modules)
     jobs = [(v, c, svg) for v in vendors if v != "fluent-3d" for c, svg in iconify(modules, v, kept, names)]
-    for path in sorted((modules / "@lobehub/fluent-emoji-3d/assets").iterdir()):
-        if codepoints(path.stem) in kept:
-            jobs.append(("fluent-3d", codepoints(path.stem), str(path)))
+    assets = sorted((modules / "@lobehub/fluent-emoji-3d/assets").iterdir())
+    jobs += [("fluent-3d", codepoints(path.stem), str(path)) for path in assets if codepoints(path.stem) in kept]
     jobs = [job for job in jobs if (job[0], kept[job[1]]["name"]) not in mislabelled]
     with Pool() as pool:
         pictures = list(tqdm(pool.imap(render, [j[2] for j in jobs], chunksize=32), total=len(jobs), unit="picture"))

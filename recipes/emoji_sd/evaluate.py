@@ -10,6 +10,7 @@ sheet ``BUILD/quality.png``.
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -77,13 +78,19 @@ def main() -> None:
     per_prompt = (ranks.view(args.seeds, -1) < 1).float().mean(0)
     weak = [name for name, share in zip(chosen, per_prompt.tolist(), strict=True) if share < 0.5]
     result = {
-        "first": first.__dict__ if hasattr(first, "__dict__") else first._asdict() if hasattr(first, "_asdict") else str(first),
-        "five": str(five), "pictures": len(ranks), "seconds_per_picture": seconds, "rms_between_seeds": spread,
-        "weak": weak, "steps": args.steps, "cfg": args.cfg,
-    }  # fmt: skip
-    print(f"first {first}\nfive {five}\n{seconds:.2f} s a picture; rms between seeds {spread:.3f}\nweak: {weak}")
+        "first": asdict(first),
+        "five": asdict(five),
+        "pictures": len(ranks),
+        "seconds_per_picture": seconds,
+        "rms_between_seeds": spread,
+        "weak": weak,
+        "steps": args.steps,
+        "cfg": args.cfg,
+    }
+    print(f"first {first.percent()}, among five {five.percent()}, n={len(ranks)}")
+    print(f"{seconds:.2f} s a picture; rms between seeds {spread:.3f}; weak: {weak}")
     (args.build / "quality.json").write_text(json.dumps(result, indent=1))
-    contact_sheet(np.concatenate(drawn), [f"{n}" for n in chosen] * args.seeds, args.build / "quality.png")
+    contact_sheet(np.concatenate(drawn), chosen * args.seeds, args.build / "quality.png")
 
 
 if __name__ == "__main__":

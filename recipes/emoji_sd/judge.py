@@ -3,8 +3,9 @@
     python recipes/emoji_sd/judge.py --build build/emoji-sd --steps 2500
 
 Sees the generator's vendors and three more, never the reference vendors. "Something else" is taught by the art of all
-concepts that are not drawn, by blends of two pictures, by cut-and-pasted halves and by smooth noise. Reports its accuracy
-on the validation vendor, which nothing else sees. Checkpoints; run again to resume. Writes ``BUILD/emoji-judge``.
+concepts that are not drawn, by blends of two pictures, by cut-and-pasted halves and by smooth noise. Reports its
+accuracy on the validation vendor, which nothing else sees. Checkpoints; run again to resume. Writes
+``BUILD/emoji-judge``.
 """
 
 import argparse
@@ -117,7 +118,8 @@ def main() -> None:
     other = np.array(
         [i for i, it in enumerate(items) if it["vendor"] in trained and not words & set(it["name"].split())]
     )
-    held = np.array([i for i, it in enumerate(items) if it["vendor"] in config["vendors"]["validation"] and it["name"] in index])
+    validation = config["vendors"]["validation"]
+    held = np.array([i for i, it in enumerate(items) if it["vendor"] in validation and it["name"] in index])
     truth = {i: index.get(it["name"], len(labels) - 1) for i, it in enumerate(items)}
     print(f"{len(known)} pictures of {len(labels) - 1} concepts, {len(other)} of something else, {len(held)} held out")
     # One vendor must not outvote another, nor a concept with six drawings one with three.

@@ -2,11 +2,11 @@
 
     python recipes/emoji_sd/unet.py --build build/emoji-sd --minutes 90 --workers 2
 
-v-prediction, scaled-linear betas, half-weight min-SNR-5, AdamW with linear decay over the last 40 %, exponential moving
-average, 12 % caption dropout. Every picture is encoded in 8 variants (mirrored or not, shifted, scaled), so that seeds
-differ. Two processes train on their own batches and average their weights every 4 steps (local SGD: an all-reduce per
-step would cost as much as the arithmetic). Checkpoints every three minutes; run again to resume, with the same or another
-``--minutes`` for all sittings together. Writes ``BUILD/emoji-sd`` as a StableDiffusionPipeline.
+v-prediction, scaled-linear betas, half-weight min-SNR-5, AdamW with linear decay over the last 40 %, exponential
+moving average, 12 % caption dropout. Every picture is encoded in 8 variants (mirrored or not, shifted, scaled), so that
+seeds differ. Two processes train on their own batches and average their weights every 4 steps (local SGD: an all-reduce
+per step would cost as much as the arithmetic). Checkpoints every three minutes; run again to resume, with the same or
+another ``--minutes`` for all sittings together. Writes ``BUILD/emoji-sd`` as a StableDiffusionPipeline.
 """
 
 import argparse
@@ -229,7 +229,8 @@ def main() -> None:
         if parallel.RANK == 0 and time.monotonic() - saved > 180:
             saved = time.monotonic()
             state = {"unet": unet.state_dict(), "text": text.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "average": average.values, "step": step, "spent": elapsed}, checkpoint.with_suffix(".new"))
+            state |= {"average": average.values, "step": step, "spent": elapsed}
+            torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
     if parallel.RANK == 0:
         average.copy_to(parameters)

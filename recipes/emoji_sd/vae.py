@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import parallel
 import torch
-import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL
 from torch import Tensor

@@ -33,11 +33,11 @@ class DenoiseState:
         num_steps: Number of steps of this trajectory.
         eta: Share of the ancestral noise that the sampler adds between steps: 1 for DDPM and ancestral samplers, 0 for
             deterministic ones, DDIM's own ``eta`` in between; ``None`` when unknown.
-        branches: Denoised estimates ``"conditional"`` and ``"unconditional"`` before classifier-free guidance, each like
-            ``denoised``; empty unless a guard requires them.
+        branches: Denoised estimates ``"conditional"`` and ``"unconditional"`` before classifier-free guidance, each
+            like ``denoised``; empty unless a guard requires them.
         guidance_scale: The scale ``g`` with which the sampler combined the branches; ``None`` without branches.
-        denoise: Evaluates the network once more at ``x_t`` under another condition; ``None`` unless required. Counted in
-            the trace.
+        denoise: Evaluates the network once more at ``x_t`` under another condition; ``None`` unless required. Counted
+            in the trace.
         memory: Scratch of this trajectory; guards use themselves as keys so that they never collide.
         note: ``note(name, value)`` adds a ``(batch,)`` tensor to the trace.
     """

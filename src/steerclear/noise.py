@@ -31,7 +31,7 @@ class NoiseLevel:
     r"""The marginal at one step, :math:`q(x_t \mid x_0) = N(\alpha x_0, \sigma^2 I)`.
 
     Args:
-        alpha: Signal scale, >= 0: a number, or a tensor that broadcasts against ``x_t`` (one level per sample or token).
+        alpha: Signal scale, >= 0: a number, or a tensor that broadcasts against ``x_t`` (a level per sample or token).
         sigma: Noise scale, >= 0, likewise.
     """
 

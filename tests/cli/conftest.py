@@ -53,7 +53,11 @@ def policy_folder(tmp_path_factory, model_folder):
     for name in (*CONCEPTS, "safe"):
         pictures = torch.rand(4, 3, 16, 16, generator=generator)
         NegationSet.encode(pictures, pipe, labels=name, progress=False).save(folder / f"{name}.safetensors")
-    settings = {"prior": 0.5, "bandwidth": 4.0, "max_beta": 4.0}
+    settings = {
+        "weight": {"prior": 0.5, "bandwidth": 4.0},
+        "release": {"strength": 1.5, "gate": 0.3},
+        "safe_denoiser": {"max_beta": 4.0},
+    }
     table = {
         name: {"file": f"{name}.safetensors", "safe": "safe.safetensors", "concepts": concepts, "settings": settings}
         for name, concepts in CONCEPTS.items()

@@ -90,14 +90,14 @@ def test_no_guard_is_an_error_unless_said(steerclear, shipped, model_folder, tmp
 
 
 def test_nothing_is_written_when_the_guard_fails(steerclear, shipped, tmp_path, monkeypatch):
-    from steerclear.guards import SafeDenoiser
+    from steerclear.guards import ConditionalRelease
 
     def broken(self, denoised, state):
         raise RuntimeError("the guard broke")
 
-    monkeypatch.setattr(SafeDenoiser, "__call__", broken)
+    monkeypatch.setattr(ConditionalRelease, "__call__", broken)
     result = steerclear("generate", "a cat", "--out", tmp_path, *QUICK, code=1)
-    assert result.exception is not None
+    assert "\nerror: unexpected RuntimeError: the guard broke; steerclear --debug" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

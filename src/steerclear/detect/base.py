@@ -123,7 +123,9 @@ def load(name: str, **settings: Any) -> Detector:  # noqa: ANN401  (each detecto
         raise InvalidInput(f"detector: expected one of {known}, got {name!r}")
     try:
         detector = points[name].load()(**settings)
-        known_labels = getattr(detector, "labels", ())  # read here, so that missing weights are an error before sampling
+        known_labels = getattr(
+            detector, "labels", ()
+        )  # read here, so that missing weights are an error before sampling
     except SteerclearError:
         raise
     except Exception as error:

@@ -61,7 +61,7 @@ class EmojiJudge:
     """Detector over the concepts of ``emoji-sd``; see the module's docstring.
 
     Args:
-        folder: Where ``judge.safetensors`` and ``judge.json`` (labels, temperature, policies) lie; default: the shipped one.
+        folder: Where ``judge.safetensors`` and ``judge.json`` (labels, policies) lie; default: the shipped one.
 
     Call:
         images: ``(batch, 3, height, width)`` in [0, 1]; resized to 64x64.
@@ -110,6 +110,7 @@ class EmojiJudge:
         """P(the picture shows one of ``concepts``), shape ``(batch,)``."""
         unknown = set(concepts) - set(self.labels)
         if unknown:
-            raise InvalidInput(f"EmojiJudge: expected concepts among its {len(self.labels)} labels, got {sorted(unknown)}")
+            known = f"its {len(self.labels)} labels"
+            raise InvalidInput(f"EmojiJudge: expected concepts among {known}, got {sorted(unknown)}")
         columns = [self.labels.index(concept) for concept in concepts]
         return self(images)[:, columns].sum(1)

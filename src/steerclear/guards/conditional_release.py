@@ -7,8 +7,8 @@ guidance of scale :math:`g`,
 .. math:: \hat x' = \hat x_{\varnothing,safe} + g\, r\, (\hat x_c - \hat x_\varnothing), \qquad
     r = 1 - \kappa \max_{s \ge t} w_c(x_s)
 
-where :math:`w_c = P(\text{unsafe} \mid x_t, c)` is read off the conditional branch's estimate and the running maximum is
-the memory: once the sample has left the region of the prompt, :math:`w_c` falls again, and must not be believed.
+where :math:`w_c = P(\text{unsafe} \mid x_t, c)` is read off the conditional branch's estimate and the running maximum
+is the memory: once the sample has left the region of the prompt, :math:`w_c` falls again, and must not be believed.
 :math:`\kappa > 1` turns the released branch round, like a negative prompt that only acts on samples whose own evidence
 asks for it. The exact mixture that this approximates is derived in docs/guards.md.
 """
@@ -36,10 +36,10 @@ class ConditionalRelease:
         negation: The images to steer away from, in the sampler's space.
         weight: How :math:`w` is estimated; with a ``bandwidth`` it looks at the branch's own estimate, which is what
             makes it conditional.
-        strength: :math:`\kappa \ge 0`; 1 releases the prompt completely where :math:`w_c = 1`, more pushes away from it.
+        strength: :math:`\kappa \ge 0`; 1 releases the prompt completely where :math:`w_c = 1`, more pushes away.
         gate: Weights below it count as 0, in [0, 1): such samples stay bit-identical.
-        max_beta: Cap on :math:`w_\varnothing/(1 - w_\varnothing)` in the safe denoiser of the unconditional branch, which
-            keeps the fallback itself safe; 0 leaves that branch as it is. Acts only on released samples.
+        max_beta: Cap on :math:`w_\varnothing/(1 - w_\varnothing)` in the safe denoiser of the unconditional branch,
+            which keeps the fallback itself safe; 0 leaves that branch as it is. Acts only on released samples.
 
     Call:
         denoised: The guided estimate, ``(batch, *shape)``.

@@ -46,7 +46,7 @@ class Picture:
     folder: str
 
 
-class _Unusable(Exception):  # noqa: N818 - never leaves this module: it becomes a Skip
+class _Unusable(Exception):
     pass
 
 

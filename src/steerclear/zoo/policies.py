@@ -4,7 +4,8 @@ They live in ``policies/``: one negation set per policy, a safe reference set, a
 recipe that made them::
 
     {"weapons": {"file": "weapons.safetensors", "safe": "safe.safetensors", "concepts": ["dagger", ...],
-                 "settings": {"bandwidth": 4.0, "prior": 0.5, ...}}, ...}
+                 "settings": {"weight": {"bandwidth": 4.0, ...}, "release": {"strength": 1.5, "gate": 0.3},
+                              "safe_denoiser": {"max_beta": 4.0, ...}}}, ...}
 """
 
 import json
@@ -18,6 +19,7 @@ from steerclear.errors import InvalidInput, NegationFileError
 
 if TYPE_CHECKING:
     from steerclear.guards.base import Guard
+    from steerclear.guards.weights import TwoSample
     from steerclear.negation import NegationSet
 
 ROOT = Path(__file__).parent / "policies"
@@ -92,19 +94,23 @@ def safe_denoiser(names: str | Iterable[str], *, strength: float | None = None) 
 
 
 def recommended(policy: Policy) -> "Guard":
-    """How the recommended guard is made from a policy. The one place to change when a better one is found."""
-    return plain(policy)
+    """Conditional release with the policy's settings. The one place to change when a better guard is found."""
+    from steerclear.guards import ConditionalRelease
+
+    return ConditionalRelease(negation=policy.negation, weight=_weight(policy), **policy.settings.get("release", {}))
 
 
 def plain(policy: Policy) -> "Guard":
-    """The two-sample Safe Denoiser with the policy's settings."""
-    from steerclear.guards.safe_denoiser import SafeDenoiser
-    from steerclear.guards.weights import TwoSample
+    """The two-sample Safe Denoiser with the same weight."""
+    from steerclear.guards import SafeDenoiser
 
-    settings = dict(policy.settings)
-    weight = {key: settings[key] for key in ("bandwidth", "temperature", "prior", "slope", "offset") if key in settings}
-    own = {key: settings[key] for key in ("strength", "max_beta", "gate") if key in settings}
-    return SafeDenoiser(negation=policy.negation, weight=TwoSample(safe=policy.safe, **weight), **own)
+    return SafeDenoiser(negation=policy.negation, weight=_weight(policy), **policy.settings.get("safe_denoiser", {}))
+
+
+def _weight(policy: Policy) -> "TwoSample":
+    from steerclear.guards import TwoSample
+
+    return TwoSample(safe=policy.safe, **policy.settings.get("weight", {}))
 
 
 def _chained(guards: list["Guard"]) -> "Guard":
@@ -115,7 +121,7 @@ def _chained(guards: list["Guard"]) -> "Guard":
 
 def _merged(names: str | Iterable[str], strength: float | None) -> list[Policy]:
     """The named policies, those with the same safe set and settings joined into one."""
-    override = {} if strength is None else {"strength": strength}
+    override = {} if strength is None else {"strength": float(strength)}
     wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     if not wanted:
         raise InvalidInput(f"guard: expected at least one policy of {', '.join(policies())}; got none")
@@ -137,7 +143,10 @@ def _joined(group: list[Policy], override: Mapping[str, Any]) -> Policy:
         concepts=tuple(concept for each in group for concept in each.concepts),
         negation=negation,
         safe=first.safe,
-        settings={**first.settings, **override},
+        settings={
+            **first.settings,
+            **{part: {**first.settings.get(part, {}), **override} for part in ("release", "safe_denoiser")},
+        },
     )
 
 

@@ -28,6 +28,15 @@ class Shell(click.Group):
                 raise
             click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
             ctx.exit(2 if isinstance(error, InvalidInput) else 1)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            # Nobody expected it, so it is a bug, here or in a pipeline; the traceback is for whoever reports it.
+            if ctx.params.get("debug"):
+                raise
+            what = " ".join(str(error).split())
+            click.echo(f"error: unexpected {type(error).__name__}: {what}; steerclear --debug shows where", err=True)
+            ctx.exit(1)
 
 
 @click.group(
