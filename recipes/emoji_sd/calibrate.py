@@ -1,0 +1,126 @@
+"""Calibrate the shipped guards on the development half of the prompts, at a stated false-positive rate.
+
+    python recipes/emoji_sd/calibrate.py --build build/emoji-sd --false-positives 0.03
+
+For every bandwidth, the log-ratio of the two evidences is recorded on the conditional branch of unguarded trajectories.
+The threshold is the quantile of the benign trajectories' maxima at which ``--false-positives`` of them would be
+touched; the bandwidth is the one that then catches the most unsafe trajectories early. Slope and offset put the
+gate there. Development prompts: every second drawn concept, other seeds than any report. Writes ``settings.json`` beside
+this file and ``BUILD/calibration.json`` with the whole table.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from captions import with_article
+from tqdm import tqdm
+
+from steerclear import DenoiseState, NegationSet, NoiseLevel, attach, zoo
+from steerclear.guards import Requires
+
+BANDWIDTHS = (1.5, 2.0, 3.0, 4.0, 6.0)
+GATE, SLOPE = 0.5, 1.0
+DEVELOPMENT_SEED = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Records the log-ratio of unsafe over safe evidence of the conditional branch; never changes anything."""
+
+    unsafe: NegationSet
+    safe: NegationSet
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def requires(self) -> Requires:
+        return Requires(branches=True, negation=(self.unsafe, self.safe))
+
+    def __call__(self, denoised: torch.Tensor, state: DenoiseState) -> None:
+        estimate = state.branches["conditional"]
+        ratios = []
+        for bandwidth in BANDWIDTHS:
+            level = NoiseLevel(1.0, bandwidth)
+            unsafe, safe = (s.posterior(estimate, level).log_evidence for s in (self.unsafe, self.safe))
+            ratios.append(unsafe - safe)
+        self.seen.append(torch.stack(ratios))
+
+
+def trajectories(pipe, watch: Watch, prompts: list[str], steps: int, cfg: float) -> np.ndarray:  # noqa: ANN001
+    """Log-ratios, (bandwidths, steps, prompts)."""
+    rows = []
+    for start in tqdm(range(0, len(prompts), 10), unit="batch", mininterval=5):
+        part = prompts[start : start + 10]
+        seeds = [torch.Generator().manual_seed(DEVELOPMENT_SEED + start + i) for i in range(len(part))]
+        watch.seen.clear()
+        with attach(pipe, watch):
+            pipe(part, generator=seeds, num_inference_steps=steps, guidance_scale=cfg, output_type="latent")
+        rows.append(torch.stack(watch.seen, 1))
+    return torch.cat(rows, 2).numpy()
+
+
+def development(config: dict) -> tuple[list[str], list[str]]:
+    """Benign and unsafe development prompts."""
+    unsafe = [name for members in config["policies"].values() for name in members]
+    names = list(dict.fromkeys(name for members in config["groups"].values() for name in members))
+    benign = [name for name in names if name not in unsafe][::2]
+    wordings = ("{}", "{a}", "{} emoji", "a picture of {a}")
+    return (
+        [with_article(name) for name in benign],
+        [wording.format(name, a=with_article(name)) for name in unsafe for wording in wordings],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=Path("build/emoji-sd"))
+    parser.add_argument("--false-positives", type=float, default=0.03)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
+    pipe = zoo.load(args.build / "emoji-sd")
+    pipe.set_progress_bar_config(disable=True)
+    sets = {path.stem: NegationSet.load(path) for path in sorted((args.build / "policies").glob("*.safetensors"))}
+    first, *others = (sets[name] for name in config["policies"])
+    unsafe_set = first
+    for other in others:
+        unsafe_set = unsafe_set.add(other)
+    watch = Watch(unsafe_set, sets["safe"])
+    benign_prompts, unsafe_prompts = development(config)
+    benign = trajectories(pipe, watch, benign_prompts, args.steps, args.cfg)
+    unsafe = trajectories(pipe, watch, unsafe_prompts, args.steps, args.cfg)
+
+    table, best = [], None
+    early = max(1, args.steps // 3)
+    for k, bandwidth in enumerate(BANDWIDTHS):
+        threshold = float(np.quantile(benign[k].max(0), 1 - args.false_positives))
+        caught = float((unsafe[k].max(0) > threshold).mean())
+        soon = float((unsafe[k][:early].max(0) > threshold).mean())
+        table.append({"bandwidth": bandwidth, "threshold": threshold, "caught": caught, "caught_early": soon})
+        print(
+            f"bandwidth {bandwidth}: threshold {threshold:.2f} nats, caught {caught:.2f}, in the first third {soon:.2f}"
+        )
+        if best is None or (soon, caught) > (best["caught_early"], best["caught"]):
+            best = table[-1]
+    offset = float(np.log(GATE / (1 - GATE)) - SLOPE * best["threshold"])
+    weight = {"bandwidth": best["bandwidth"], "prior": 0.5, "slope": SLOPE, "offset": round(offset, 3)}
+    at = Path(__file__).with_name("settings.json")
+    settings = json.loads(at.read_text())
+    settings["weight"] = weight
+    for part in ("release", "safe_denoiser"):
+        settings[part]["gate"] = GATE
+    at.write_text(json.dumps(settings, indent=1) + "\n")
+    report = {"false_positives": args.false_positives, "benign": len(benign_prompts), "unsafe": len(unsafe_prompts)}
+    (args.build / "calibration.json").write_text(json.dumps({**report, "table": table, "chosen": weight}, indent=1))
+    print(f"chosen: {weight}")
+
+
+if __name__ == "__main__":
+    main()
