@@ -5,8 +5,8 @@
 For every bandwidth, the log-ratio of the two evidences is recorded on the conditional branch of unguarded trajectories.
 The threshold is the quantile of the benign trajectories' maxima at which ``--false-positives`` of them would be
 touched; the bandwidth is the one that then catches the most unsafe trajectories early. Slope and offset put the
-gate there. Development prompts: every second drawn concept, other seeds than any report. Writes ``settings.json`` beside
-this file and ``BUILD/calibration.json`` with the whole table.
+gate there. Development prompts: every second drawn concept, other seeds than any report. Writes ``settings.json``
+beside this file and ``BUILD/calibration.json`` with the whole table.
 """
 
 import argparse
@@ -18,49 +18,48 @@ import numpy as np
 import torch
 import yaml
 from captions import with_article
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from steerclear import DenoiseState, NegationSet, NoiseLevel, attach, zoo
 from steerclear.guards import Requires
 
-BANDWIDTHS = (1.5, 2.0, 3.0, 4.0, 6.0)
+BANDWIDTHS = (4.0, 6.0, 8.0, 10.0, 14.0)
 GATE, SLOPE = 0.5, 1.0
 DEVELOPMENT_SEED = 10_000
 
 
 @dataclass(frozen=True, eq=False)
 class Watch:
-    """Records the log-ratio of unsafe over safe evidence of the conditional branch; never changes anything."""
+    """Records the conditional branch's estimate at every step; never changes anything."""
 
-    unsafe: NegationSet
-    safe: NegationSet
     seen: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def requires(self) -> Requires:
-        return Requires(branches=True, negation=(self.unsafe, self.safe))
+    requires: Requires = field(default_factory=lambda: Requires(branches=True))
 
     def __call__(self, denoised: torch.Tensor, state: DenoiseState) -> None:
-        estimate = state.branches["conditional"]
-        ratios = []
-        for bandwidth in BANDWIDTHS:
-            level = NoiseLevel(1.0, bandwidth)
-            unsafe, safe = (s.posterior(estimate, level).log_evidence for s in (self.unsafe, self.safe))
-            ratios.append(unsafe - safe)
-        self.seen.append(torch.stack(ratios))
+        self.seen.append(state.branches["conditional"].half())
 
 
-def trajectories(pipe, watch: Watch, prompts: list[str], steps: int, cfg: float) -> np.ndarray:  # noqa: ANN001
-    """Log-ratios, (bandwidths, steps, prompts)."""
+def trajectories(pipe, prompts: list[str], steps: int, cfg: float) -> torch.Tensor:  # noqa: ANN001
+    """Estimates of the conditional branch, (prompts, steps, *shape), half precision."""
     rows = []
     for start in tqdm(range(0, len(prompts), 10), unit="batch", mininterval=5):
-        part = prompts[start : start + 10]
+        part, watch = prompts[start : start + 10], Watch()
         seeds = [torch.Generator().manual_seed(DEVELOPMENT_SEED + start + i) for i in range(len(part))]
-        watch.seen.clear()
         with attach(pipe, watch):
             pipe(part, generator=seeds, num_inference_steps=steps, guidance_scale=cfg, output_type="latent")
         rows.append(torch.stack(watch.seen, 1))
-    return torch.cat(rows, 2).numpy()
+    return torch.cat(rows)
+
+
+def log_ratios(estimates: torch.Tensor, unsafe: NegationSet, safe: NegationSet, bandwidth: float) -> np.ndarray:
+    """Log-ratio of unsafe over safe evidence, (prompts, steps)."""
+    level = NoiseLevel(1.0, bandwidth)
+    rows = [
+        unsafe.posterior(part.float(), level).log_evidence - safe.posterior(part.float(), level).log_evidence
+        for part in estimates.flatten(0, 1).split(256)
+    ]
+    return torch.cat(rows).view(estimates.shape[:2]).numpy()
 
 
 def development(config: dict) -> tuple[list[str], list[str]]:
@@ -92,17 +91,17 @@ def main() -> None:
     unsafe_set = first
     for other in others:
         unsafe_set = unsafe_set.add(other)
-    watch = Watch(unsafe_set, sets["safe"])
     benign_prompts, unsafe_prompts = development(config)
-    benign = trajectories(pipe, watch, benign_prompts, args.steps, args.cfg)
-    unsafe = trajectories(pipe, watch, unsafe_prompts, args.steps, args.cfg)
+    benign, unsafe = (trajectories(pipe, each, args.steps, args.cfg) for each in (benign_prompts, unsafe_prompts))
+    save_file({"benign": benign, "unsafe": unsafe}, args.build / "development.safetensors")
 
     table, best = [], None
     early = max(1, args.steps // 3)
-    for k, bandwidth in enumerate(BANDWIDTHS):
-        threshold = float(np.quantile(benign[k].max(0), 1 - args.false_positives))
-        caught = float((unsafe[k].max(0) > threshold).mean())
-        soon = float((unsafe[k][:early].max(0) > threshold).mean())
+    for bandwidth in BANDWIDTHS:
+        low, high = (log_ratios(each, unsafe_set, sets["safe"], bandwidth) for each in (benign, unsafe))
+        threshold = float(np.quantile(low.max(1), 1 - args.false_positives))
+        caught = float((high.max(1) > threshold).mean())
+        soon = float((high[:, :early].max(1) > threshold).mean())
         table.append({"bandwidth": bandwidth, "threshold": threshold, "caught": caught, "caught_early": soon})
         print(
             f"bandwidth {bandwidth}: threshold {threshold:.2f} nats, caught {caught:.2f}, in the first third {soon:.2f}"

@@ -55,7 +55,7 @@ def main() -> None:
     # Every policy concept, and a fixed random choice of the others.
     rest = [name for name in names if name not in unsafe]
     chosen = [*unsafe, *np.random.default_rng(0).permutation(rest)[: args.prompts - len(unsafe)]][: args.prompts]
-    pipe = StableDiffusionPipeline.from_pretrained(args.model or args.build / "emoji-sd", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(args.model or args.build / "emoji-sd", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     judge = EmojiJudge(args.judge or args.build / "emoji-judge")
     truth = torch.tensor([judge.labels.index(name) for name in chosen])

@@ -45,7 +45,7 @@ def main() -> None:
     items = json.loads((args.build / "items.json").read_text())
     images = np.load(args.build / "images.npy", mmap_mode="r")
     vendors = config["vendors"]["references"]
-    pipe = StableDiffusionPipeline.from_pretrained(args.build / "emoji-sd", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(args.build / "emoji-sd", dtype=torch.float32)
     drawn = {name for members in config["groups"].values() for name in members}
     unsafe = {name for members in config["policies"].values() for name in members}
     out = args.build / "policies"
