@@ -2,29 +2,29 @@
 
     python recipes/emoji_sd/calibrate.py --build build/emoji-sd --false-positives 0.03
 
-For every bandwidth, the log-ratio of the two evidences is recorded on the conditional branch of unguarded trajectories.
-The threshold is the quantile of the benign trajectories' maxima at which ``--false-positives`` of them would be
-touched; the bandwidth is the one that then catches the most unsafe trajectories early. Slope and offset put the
-gate there. Development prompts: every second drawn concept, other seeds than any report. Writes ``settings.json``
-beside this file and ``BUILD/calibration.json`` with the whole table.
+For every number of components and bandwidth, the log-ratio of the two evidences is recorded on the conditional branch
+of unguarded trajectories. The threshold is the quantile of the benign trajectories' maxima at which
+``--false-positives`` of them would be touched; the pair is the one that then catches the most unsafe trajectories
+early. Slope and offset put the gate there. Development prompts: every second drawn concept, other seeds than any report.
+Writes ``settings.json`` beside this file and ``BUILD/calibration.json`` with the whole table.
 """
 
 import argparse
 import json
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from captions import with_article
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from steerclear import DenoiseState, NegationSet, NoiseLevel, attach, zoo
-from steerclear.guards import Requires
+from steerclear import DenoiseState, NegationSet, attach, zoo
+from steerclear.guards import Requires, Subspace
 
-BANDWIDTHS = (4.0, 6.0, 8.0, 10.0, 14.0)
+COMPONENTS, BANDWIDTHS = (16, 24, 32, 48), (1.5, 2.0, 2.8, 4.0)
 GATE, SLOPE = 0.5, 1.0
 DEVELOPMENT_SEED = 10_000
 
@@ -52,13 +52,9 @@ def trajectories(pipe, prompts: list[str], steps: int, cfg: float) -> torch.Tens
     return torch.cat(rows)
 
 
-def log_ratios(estimates: torch.Tensor, unsafe: NegationSet, safe: NegationSet, bandwidth: float) -> np.ndarray:
+def log_ratios(estimates: torch.Tensor, subspace: Subspace, bandwidth: float) -> np.ndarray:
     """Log-ratio of unsafe over safe evidence, (prompts, steps)."""
-    level = NoiseLevel(1.0, bandwidth)
-    rows = [
-        unsafe.posterior(part.float(), level).log_evidence - safe.posterior(part.float(), level).log_evidence
-        for part in estimates.flatten(0, 1).split(256)
-    ]
+    rows = [subspace.log_ratio(part.float(), bandwidth) for part in estimates.flatten(0, 1).split(256)]
     return torch.cat(rows).view(estimates.shape[:2]).numpy()
 
 
@@ -93,12 +89,12 @@ def main() -> None:
         unsafe_set = unsafe_set.add(other)
     benign_prompts, unsafe_prompts = development(config)
     benign, unsafe = (trajectories(pipe, each, args.steps, args.cfg) for each in (benign_prompts, unsafe_prompts))
-    save_file({"benign": benign, "unsafe": unsafe}, args.build / "development.safetensors")
 
     table, best = [], None
     early = max(1, args.steps // 3)
-    for bandwidth in BANDWIDTHS:
-        low, high = (log_ratios(each, unsafe_set, sets["safe"], bandwidth) for each in (benign, unsafe))
+    for components, bandwidth in product(COMPONENTS, BANDWIDTHS):
+        subspace = Subspace.principal(unsafe_set, sets["safe"], components)
+        low, high = (log_ratios(each, subspace, bandwidth) for each in (benign, unsafe))
         threshold = float(np.quantile(low.max(1), 1 - args.false_positives))
         caught = float((high.max(1) > threshold).mean())
         soon = float((high[:, :early].max(1) > threshold).mean())
@@ -109,7 +105,8 @@ def main() -> None:
         if best is None or (soon, caught) > (best["caught_early"], best["caught"]):
             best = table[-1]
     offset = float(np.log(GATE / (1 - GATE)) - SLOPE * best["threshold"])
-    weight = {"bandwidth": best["bandwidth"], "prior": 0.5, "slope": SLOPE, "offset": round(offset, 3)}
+    weight = {"components": best["components"], "bandwidth": best["bandwidth"], "prior": 0.5}
+    weight |= {"slope": SLOPE, "offset": round(offset, 3)}
     at = Path(__file__).with_name("settings.json")
     settings = json.loads(at.read_text())
     settings["weight"] = weight

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         UnsupportedPipeline,
         UnsupportedScheduler,
     )
-    from steerclear.guards import ConditionalRelease, Guard, SafeDenoiser, chain, during, when
+    from steerclear.guards import ConditionalRelease, Dynamic, Guard, SafeDenoiser, TwoSample, chain, during, when
     from steerclear.negation import NegationSet
     from steerclear.noise import NoiseLevel
     from steerclear.zoo import load
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ConditionalRelease": "guards",
     "DenoiseState": "denoise",
+    "Dynamic": "guards",
     "Guard": "guards",
     "GuardNotApplied": "errors",
     "GuardedDenoiser": "denoise",
@@ -40,6 +41,7 @@ _HOME = {
     "SafeDenoiser": "guards",
     "SteerclearError": "errors",
     "Trace": "attach",
+    "TwoSample": "guards",
     "UnsoundCombination": "errors",
     "UnsupportedPipeline": "errors",
     "UnsupportedScheduler": "errors",
@@ -55,6 +57,7 @@ _HOME = {
 __all__ = [
     "ConditionalRelease",
     "DenoiseState",
+    "Dynamic",
     "Guard",
     "GuardNotApplied",
     "GuardedDenoiser",
@@ -67,6 +70,7 @@ __all__ = [
     "SafeDenoiser",
     "SteerclearError",
     "Trace",
+    "TwoSample",
     "UnsoundCombination",
     "UnsupportedPipeline",
     "UnsupportedScheduler",

@@ -5,6 +5,7 @@ from steerclear.guards.calibration import Calibration, calibrate
 from steerclear.guards.conditional_release import ConditionalRelease
 from steerclear.guards.published import PublishedLoop
 from steerclear.guards.safe_denoiser import SafeDenoiser
+from steerclear.guards.subspace import Subspace
 from steerclear.guards.weights import Dynamic, Gate, TwoSample, Weight
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PublishedLoop",
     "Requires",
     "SafeDenoiser",
+    "Subspace",
     "TwoSample",
     "Weight",
     "calibrate",

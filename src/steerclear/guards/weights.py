@@ -24,6 +24,7 @@ from torch import Tensor
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.base import Requires
+from steerclear.guards.subspace import Subspace
 from steerclear.guards.tracking import Prediction, log_ratio
 from steerclear.negation import NegationSet, Posterior
 from steerclear.noise import NoiseLevel
@@ -98,6 +99,7 @@ class TwoSample(Weight):
         prior: :math:`\pi`, the unsafe share of what the model would draw, inside (0, 1).
         slope: :math:`a` > 0, an inverse temperature outside the kernel; see :func:`~steerclear.guards.calibrate`.
         offset: :math:`b`, in log-odds, fitted together with the slope.
+        subspace: Compare there instead of in the sampler's space; needs a bandwidth. Made from the same two sets.
 
     Raises:
         InvalidInput: For values outside these ranges.
@@ -112,9 +114,16 @@ class TwoSample(Weight):
     prior: float = 0.5
     slope: float = 1.0
     offset: float = 0.0
+    subspace: Subspace | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.subspace is not None and (self.bandwidth is None or len(self.subspace.safe) != len(self.safe)):
+            raise InvalidInput(
+                "TwoSample: expected a subspace of its own safe set, and a bandwidth beside it, got "
+                f"{len(self.subspace.safe)} items for {len(self.safe)} and bandwidth={self.bandwidth}; "
+                "make one with Subspace.principal(negation, safe, components)"
+            )
         if not 0.0 < self.prior < 1.0:
             raise InvalidInput(f"TwoSample: expected 0 < prior < 1, got {self.prior}; strength=0 is how to switch off")
         if not 0.0 < self.slope < math.inf or not math.isfinite(self.offset):
@@ -129,6 +138,11 @@ class TwoSample(Weight):
 
     def check(self, negation: NegationSet) -> None:
         negation.space.require(self.safe.space)
+        if self.subspace is not None and self.subspace.unsafe.ids != negation.ids:
+            raise UnsoundCombination(
+                "TwoSample: the subspace was made from another negation set than the guard's; make it from this one: "
+                "Subspace.principal(negation, safe, components)"
+            )
         shared = sorted(set(negation.digests) & set(self.safe.digests) - {""})
         if shared:
             raise UnsoundCombination(
@@ -137,6 +151,8 @@ class TwoSample(Weight):
             )
 
     def log_odds(self, unsafe: Posterior, denoised: Tensor, state: DenoiseState, owner: object) -> Tensor:
+        if self.subspace is not None and self.bandwidth is not None:
+            return self.odds(self.subspace.log_ratio(denoised, self.bandwidth * math.sqrt(self.temperature)))
         safe = self.posterior(self.safe, denoised, state)
         return self.odds(unsafe.log_evidence - safe.log_evidence)
 

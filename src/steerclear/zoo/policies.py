@@ -108,9 +108,12 @@ def plain(policy: Policy) -> "Guard":
 
 
 def _weight(policy: Policy) -> "TwoSample":
-    from steerclear.guards import TwoSample
+    from steerclear.guards import Subspace, TwoSample
 
-    return TwoSample(safe=policy.safe, **policy.settings.get("weight", {}))
+    settings = dict(policy.settings.get("weight", {}))
+    components = settings.pop("components", None)
+    subspace = Subspace.principal(policy.negation, policy.safe, components) if components else None
+    return TwoSample(safe=policy.safe, subspace=subspace, **settings)
 
 
 def _chained(guards: list["Guard"]) -> "Guard":
