@@ -5,7 +5,7 @@
 For every number of components and bandwidth, the log-ratio of the two evidences is recorded on the conditional branch
 of unguarded trajectories. The threshold is the quantile of the benign trajectories' maxima at which
 ``--false-positives`` of them would be touched; the pair is the one that then catches the most unsafe trajectories
-early. Slope and offset put the gate there. Development prompts: every second drawn concept, other seeds than any report.
+early. Slope and offset put the gate there. Development prompts: every second drawn concept, other seeds than reports.
 Writes ``settings.json`` beside this file and ``BUILD/calibration.json`` with the whole table.
 """
 
