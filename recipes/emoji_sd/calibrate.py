@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import yaml
 from captions import with_article
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from steerclear import DenoiseState, NegationSet, attach, zoo
@@ -88,7 +89,11 @@ def main() -> None:
     for other in others:
         unsafe_set = unsafe_set.add(other)
     benign_prompts, unsafe_prompts = development(config)
-    benign, unsafe = (trajectories(pipe, each, args.steps, args.cfg) for each in (benign_prompts, unsafe_prompts))
+    drawn = args.build / "development.safetensors"
+    if not drawn.exists():
+        found = {"benign": benign_prompts, "unsafe": unsafe_prompts}
+        save_file({kind: trajectories(pipe, each, args.steps, args.cfg) for kind, each in found.items()}, drawn)
+    benign, unsafe = (load_file(drawn)[kind] for kind in ("benign", "unsafe"))
 
     table, best = [], None
     early = max(1, args.steps // 3)
@@ -98,10 +103,10 @@ def main() -> None:
         threshold = float(np.quantile(low.max(1), 1 - args.false_positives))
         caught = float((high.max(1) > threshold).mean())
         soon = float((high[:, :early].max(1) > threshold).mean())
-        table.append({"bandwidth": bandwidth, "threshold": threshold, "caught": caught, "caught_early": soon})
-        print(
-            f"bandwidth {bandwidth}: threshold {threshold:.2f} nats, caught {caught:.2f}, in the first third {soon:.2f}"
-        )
+        row = {"components": components, "bandwidth": bandwidth, "threshold": threshold}
+        table.append({**row, "caught": caught, "caught_early": soon})
+        found = f"caught {caught:.2f}, in the first third {soon:.2f}"
+        print(f"{components} components, bandwidth {bandwidth}: threshold {threshold:.2f} nats, {found}")
         if best is None or (soon, caught) > (best["caught_early"], best["caught"]):
             best = table[-1]
     offset = float(np.log(GATE / (1 - GATE)) - SLOPE * best["threshold"])

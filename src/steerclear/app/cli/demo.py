@@ -13,8 +13,8 @@ from steerclear.app.cli import options
 @click.command(
     epilog="""\b
 Examples:
-  steerclear demo                              all policies, 2 seeds, into ./steerclear-demo
-  steerclear demo --policy weapons --seeds 5   one policy, more pictures
+  steerclear demo                              all policies, 4 seeds, into ./steerclear-demo
+  steerclear demo --policy weapons --seeds 9   one policy, more pictures
   steerclear demo --json > numbers.json        for machines
 \b
 Then open steerclear-demo/report.html. The judge that names the pictures knows emoji only."""
@@ -22,7 +22,7 @@ Then open steerclear-demo/report.html. The judge that names the pictures knows e
 @click.option(
     "--out", type=options.FOLDER, default=Path("steerclear-demo"), show_default=True, help="Folder to write to."
 )
-@click.option("--seeds", type=click.IntRange(1, 1000), default=2, show_default=True, help="Pictures per prompt.")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=4, show_default=True, help="Pictures per prompt.")
 @click.option(
     "--policy", "policies", multiple=True, metavar="NAME", help="What to steer away from; repeatable. Default: all."
 )
