@@ -225,7 +225,7 @@ def test_a_file_that_is_too_large_is_not_opened(tmp_path):
         (np.zeros((8, 12, 3)), "ndarray, not a path, PIL image or tensor"),
         (None, "NoneType, not a path"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_bad_values_are_skipped_with_a_reason(source, reason):
     got = one(source)
