@@ -13,7 +13,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "re
 
 def test_the_command_line_page_is_what_the_commands_say():
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert page == reference(), "run: python -m steerclear.app.cli.reference > docs/cli.md"
+    # Word by word: versions of click lay out their columns differently.
+    assert page.split() == reference().split(), "run: python -m steerclear.app.cli.reference > docs/cli.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
