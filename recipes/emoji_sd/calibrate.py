@@ -25,7 +25,7 @@ from tqdm import tqdm
 from steerclear import DenoiseState, NegationSet, attach, zoo
 from steerclear.guards import Requires, Subspace
 
-COMPONENTS, BANDWIDTHS = (16, 24, 32, 48), (1.5, 2.0, 2.8, 4.0)
+COMPONENTS, BANDWIDTHS = (16, 24, 32, 48, 1024), (1.5, 2.0, 2.8, 4.0, 6.0, 8.0)  # 1024 is all of them
 GATE, SLOPE = 0.5, 1.0
 DEVELOPMENT_SEED = 10_000
 

@@ -12,7 +12,7 @@ from steerclear.attach.readers import Reading
 from steerclear.attach.trace import CallRecord, StepRecord, Trace
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
-from steerclear.guards.base import Guard, Requires, requirements
+from steerclear.guards.base import Guard, Requires, chain, requirements
 
 SOUND_STOCHASTIC = "DDPMScheduler, EulerAncestralDiscreteScheduler, or DDIMScheduler with eta=1"
 
@@ -30,10 +30,7 @@ class Attachment:
     @property
     def requires(self) -> Requires:
         """What all guards need together."""
-        total = Requires()
-        for guard in self.guards:
-            total |= requirements(guard)
-        return total
+        return requirements(chain(*self.guards))
 
     @property
     def names(self) -> str:
