@@ -4,27 +4,31 @@ python -m steerclear.app.cli.reference > docs/cli.md
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from steerclear.app.cli import main
 
 
-def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
-    """A command and all below it, with their full names."""
-    yield path, command
+def contexts(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[click.Context]:
+    """A context for a command and for all below it, with the settings that they run with."""
+    settings: dict[str, Any] = {**command.context_settings, "max_content_width": 100, "terminal_width": 100}
+    context = click.Context(command, parent=parent, info_name=name, **settings)
+    yield context
     if isinstance(command, click.Group):
-        for name, child in command.commands.items():
-            yield from commands(child, f"{path} {name}")
+        for child, below in command.commands.items():
+            yield from contexts(below, child, context)
 
 
 def reference() -> str:
     """The page."""
-    parts = ["# Command line\n\nMade from the commands' own help by `python -m steerclear.app.cli.reference`.\n"]
-    for path, command in commands(main, "steerclear"):
-        context = click.Context(command, info_name=path, max_content_width=100, terminal_width=100)
-        parts.append(f"## {path}\n\n```\n{command.get_help(context)}\n```\n")
-    return "\n".join(parts)
+    head = "# Command line\n\nMade from the commands' own help by `python -m steerclear.app.cli.reference`.\n"
+    pages = (
+        f"## {context.command_path}\n\n```\n{context.command.get_help(context)}\n```\n"
+        for context in contexts(main, "steerclear")
+    )
+    return "\n".join([head, *pages])
 
 
 if __name__ == "__main__":
