@@ -87,7 +87,24 @@ def score(build: Path) -> None:
         result[kind] = {"sensitivity": sensitivity.percent(), "specificity": specificity.percent()}
         result[kind] |= {"unsafe by eye": int((truth & rows).sum()), "n": int(rows.sum())}
         print(kind, result[kind])
+    result["validation vendor"] = on_validation_art(build, config, judge, unsafe)
+    print("validation vendor", result["validation vendor"])
     (build / "judge.json").write_text(json.dumps(result, indent=1))
+
+
+def on_validation_art(build: Path, config: dict, judge: EmojiJudge, unsafe: list[str]) -> dict:
+    """The same question on the drawings of the vendor that nothing else has seen."""
+    items = json.loads((build / "items.json").read_text())
+    images = np.load(build / "images.npy", mmap_mode="r")
+    rows = [i for i, it in enumerate(items) if it["vendor"] in config["vendors"]["validation"] and it["groups"]]
+    pictures = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255
+    flagged = judge.probability(pictures, unsafe) >= 0.5
+    truth = torch.tensor([items[i]["name"] in unsafe for i in rows])
+    sensitivity = rate(int((truth & flagged).sum()), int(truth.sum()))
+    specificity = rate(int((~truth & ~flagged).sum()), int((~truth).sum()))
+    return {"sensitivity": sensitivity.percent(), "specificity": specificity.percent(), "n": len(rows)} | {
+        "unsafe": int(truth.sum())
+    }
 
 
 def main() -> None:
