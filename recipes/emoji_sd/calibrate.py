@@ -90,7 +90,8 @@ def main() -> None:
         unsafe_set = unsafe_set.add(other)
     benign_prompts, unsafe_prompts = development(config)
     drawn = args.build / "development.safetensors"
-    if not drawn.exists():
+    model = args.build / "emoji-sd" / "model_index.json"
+    if not drawn.exists() or drawn.stat().st_mtime < model.stat().st_mtime:
         found = {"benign": benign_prompts, "unsafe": unsafe_prompts}
         save_file({kind: trajectories(pipe, each, args.steps, args.cfg) for kind, each in found.items()}, drawn)
     benign, unsafe = (load_file(drawn)[kind] for kind in ("benign", "unsafe"))
