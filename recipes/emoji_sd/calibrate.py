@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from captions import with_article
+from concepts import Concepts
+from drawing import batches
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from steerclear import DenoiseState, NegationSet, attach, zoo
 from steerclear.guards import Requires, Subspace
@@ -43,13 +43,11 @@ class Watch:
 
 def trajectories(pipe, prompts: list[str], steps: int, cfg: float) -> torch.Tensor:  # noqa: ANN001
     """Estimates of the conditional branch, (prompts, steps, *shape), half precision."""
-    rows = []
-    for start in tqdm(range(0, len(prompts), 10), unit="batch", mininterval=5):
-        part, watch = prompts[start : start + 10], Watch()
-        seeds = [torch.Generator().manual_seed(DEVELOPMENT_SEED + start + i) for i in range(len(part))]
-        with attach(pipe, watch):
-            pipe(part, generator=seeds, num_inference_steps=steps, guidance_scale=cfg, output_type="latent")
-        rows.append(torch.stack(watch.seen, 1))
+    rows, watch = [], Watch()
+    with attach(pipe, watch):
+        for _ in batches(pipe, prompts, seed=DEVELOPMENT_SEED, steps=steps, cfg=cfg, output_type="latent"):
+            rows.append(torch.stack(watch.seen, 1))
+            watch.seen.clear()
     return torch.cat(rows)
 
 
@@ -59,15 +57,12 @@ def log_ratios(estimates: torch.Tensor, subspace: Subspace, bandwidth: float) ->
     return torch.cat(rows).view(estimates.shape[:2]).numpy()
 
 
-def development(config: dict) -> tuple[list[str], list[str]]:
+def development(concepts: Concepts) -> tuple[list[str], list[str]]:
     """Benign and unsafe development prompts."""
-    unsafe = [name for members in config["policies"].values() for name in members]
-    names = list(dict.fromkeys(name for members in config["groups"].values() for name in members))
-    benign = [name for name in names if name not in unsafe][::2]
     wordings = ("{}", "{a}", "{} emoji", "a picture of {a}")
     return (
-        [with_article(name) for name in benign],
-        [wording.format(name, a=with_article(name)) for name in unsafe for wording in wordings],
+        [with_article(name) for name in concepts.benign[::2]],
+        [wording.format(name, a=with_article(name)) for name in concepts.unsafe for wording in wordings],
     )
 
 
@@ -80,15 +75,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
+    concepts = Concepts.load()
     pipe = zoo.load(args.build / "emoji-sd")
     pipe.set_progress_bar_config(disable=True)
     sets = {path.stem: NegationSet.load(path) for path in sorted((args.build / "policies").glob("*.safetensors"))}
-    first, *others = (sets[name] for name in config["policies"])
+    first, *others = (sets[name] for name in concepts.policies)
     unsafe_set = first
     for other in others:
         unsafe_set = unsafe_set.add(other)
-    benign_prompts, unsafe_prompts = development(config)
+    benign_prompts, unsafe_prompts = development(concepts)
     drawn = args.build / "development.safetensors"
     model = args.build / "emoji-sd" / "model_index.json"
     if not drawn.exists() or drawn.stat().st_mtime < model.stat().st_mtime:
@@ -98,8 +93,8 @@ def main() -> None:
 
     table, best = [], None
     early = max(1, args.steps // 3)
-    for components, bandwidth in product(COMPONENTS, BANDWIDTHS):
-        subspace = Subspace.principal(unsafe_set, sets["safe"], components)
+    subspaces = [Subspace.principal(unsafe_set, sets["safe"], components) for components in COMPONENTS]
+    for (components, subspace), bandwidth in product(zip(COMPONENTS, subspaces, strict=True), BANDWIDTHS):
         low, high = (log_ratios(each, subspace, bandwidth) for each in (benign, unsafe))
         threshold = float(np.quantile(low.max(1), 1 - args.false_positives))
         caught = float((high.max(1) > threshold).mean())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import resvg_py
-import yaml
+from concepts import Concepts
 from PIL import Image
 from tqdm import tqdm
 
@@ -132,13 +132,13 @@ def main() -> None:
     parser.add_argument("--modules", type=Path, help="node_modules with the art (default: BUILD/node_modules)")
     args = parser.parse_args()
     modules = args.modules or args.build / "node_modules"
-    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
+    config = Concepts.load()
     groups: dict[str, list[str]] = {}
-    for group, members in config["groups"].items():
+    for group, members in config.groups.items():
         for member in members:
             groups.setdefault(member, []).append(group)
-    vendors = [v for role in config["vendors"].values() for v in role]
-    mislabelled = {tuple(pair) for pair in config["mislabelled"]}
+    vendors = [v for role in config.vendors.values() for v in role]
+    mislabelled = {tuple(pair) for pair in config.config["mislabelled"]}
 
     kept, names = concepts(modules)
     jobs = [(v, c, svg) for v in vendors if v != "fluent-3d" for c, svg in iconify(modules, v, kept, names)]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from captions import with_article
+from concepts import Concepts
 from diffusers import StableDiffusionPipeline
+from drawing import batches
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from steerclear.detect.emoji_judge import EmojiJudge
 from steerclear.evaluate.estimate import rate
@@ -49,26 +49,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
-    names = list(dict.fromkeys(name for members in config["groups"].values() for name in members))
-    unsafe = [name for members in config["policies"].values() for name in members]
+    concepts = Concepts.load()
     # Every policy concept, and a fixed random choice of the others.
-    rest = [name for name in names if name not in unsafe]
-    chosen = [*unsafe, *np.random.default_rng(0).permutation(rest)[: args.prompts - len(unsafe)]][: args.prompts]
+    others = np.random.default_rng(0).permutation(concepts.benign)[: args.prompts - len(concepts.unsafe)]
+    chosen = [*concepts.unsafe, *others.tolist()][: args.prompts]
+    prompts = [with_article(name) for name in chosen]
     pipe = StableDiffusionPipeline.from_pretrained(args.model or args.build / "emoji-sd", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     judge = EmojiJudge(args.judge or args.build / "emoji-judge")
     truth = torch.tensor([judge.labels.index(name) for name in chosen])
 
-    drawn, started = [], time.monotonic()
-    for seed in range(args.seeds):
-        made = []
-        for start in tqdm(range(0, len(chosen), 10), desc=f"seed {seed}", unit="batch", mininterval=5):
-            part = chosen[start : start + 10]
-            generators = [torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(part))]
-            call = {"num_inference_steps": args.steps, "guidance_scale": args.cfg, "height": 64, "width": 64}
-            made.append(pipe([with_article(n) for n in part], generator=generators, output_type="np", **call).images)
-        drawn.append(np.concatenate(made))
+    started = time.monotonic()
+    drawn = [
+        np.concatenate(list(batches(pipe, prompts, seed=1000 * seed, steps=args.steps, cfg=args.cfg)))
+        for seed in range(args.seeds)
+    ]
     seconds = (time.monotonic() - started) / (len(chosen) * args.seeds)
     pictures = torch.from_numpy(np.stack(drawn)).permute(0, 1, 4, 2, 3)
     scores = torch.cat([judge(part) for part in pictures.flatten(0, 1).split(100)])

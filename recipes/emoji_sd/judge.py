@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
+from concepts import Concepts
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -104,21 +104,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
+    concepts = Concepts.load()
     items = json.loads((args.build / "items.json").read_text())
     images = np.load(args.build / "images.npy", mmap_mode="r")
-    labels = [*dict.fromkeys(name for members in config["groups"].values() for name in members), SOMETHING_ELSE]
+    labels = [*concepts.drawn, SOMETHING_ELSE]
     index = {label: i for i, label in enumerate(labels)}
     free = torch.tensor([not any(word in label for word in BY_COLOUR) for label in labels])
 
     # Concepts that look like a drawn one must not be taught as something else ("cat" beside "cat face").
     words = {word for label in labels for word in label.split()} - {"face", "with", "and", "ball", "hand", "cat"}
-    trained = {*config["vendors"]["generator"], *config["vendors"]["judge"]}
+    trained = {*concepts.vendors["generator"], *concepts.vendors["judge"]}
     known = np.array([i for i, it in enumerate(items) if it["vendor"] in trained and it["name"] in index])
     other = np.array(
         [i for i, it in enumerate(items) if it["vendor"] in trained and not words & set(it["name"].split())]
     )
-    validation = config["vendors"]["validation"]
+    validation = concepts.vendors["validation"]
     held = np.array([i for i, it in enumerate(items) if it["vendor"] in validation and it["name"] in index])
     truth = {i: index.get(it["name"], len(labels) - 1) for i, it in enumerate(items)}
     print(f"{len(known)} pictures of {len(labels) - 1} concepts, {len(other)} of something else, {len(held)} held out")
@@ -177,7 +177,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     half = {k: v.half() if v.is_floating_point() else v for k, v in average.items()}
     save_file({k: v.contiguous() for k, v in half.items()}, folder / "judge.safetensors")
-    card = {"labels": labels, "policies": config["policies"], "vendors": sorted(trained), "steps": step}
+    card = {"labels": labels, "policies": concepts.policies, "vendors": sorted(trained), "steps": step}
     (folder / "judge.json").write_text(json.dumps(card, indent=1))
 
 

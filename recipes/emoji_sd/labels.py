@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from captions import with_article
+from concepts import Concepts
+from drawing import batches
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
@@ -29,28 +30,17 @@ LETTER = {"weapons": "w", "alcohol": "a", "tobacco": "t", "gambling": "g", "rude
 
 def draw(build: Path) -> None:
     """Draw, shuffle, number."""
-    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
-    unsafe = [name for members in config["policies"].values() for name in members]
-    names = dict.fromkeys(name for members in config["groups"].values() for name in members)
+    concepts = Concepts.load()
     rng = np.random.default_rng(SEED)
-    benign = rng.permutation([name for name in names if name not in unsafe])[:PER_KIND].tolist()
-    repeated = (unsafe * 4)[:PER_KIND]
+    benign = rng.permutation(concepts.benign)[:PER_KIND].tolist()
+    repeated = (concepts.unsafe * 4)[:PER_KIND]
     pipe = zoo.load("emoji-sd")
     pipe.set_progress_bar_config(disable=True)
     made = []
-    for kind, prompts in enumerate((repeated, repeated, benign)):
-        for start in range(0, PER_KIND, 10):
-            part = prompts[start : start + 10]
-            seeds = [torch.Generator().manual_seed(SEED + 1000 * kind + start + i) for i in range(len(part))]
-            with attach(pipe, *([zoo.guard(zoo.policies())] if kind == 1 else [])):
-                images = pipe(
-                    [with_article(name) for name in part],
-                    generator=seeds,
-                    num_inference_steps=25,
-                    guidance_scale=3.0,
-                    output_type="np",
-                ).images
-            made.append(torch.from_numpy(images))
+    for kind, names in enumerate((repeated, repeated, benign)):
+        prompts = [with_article(name) for name in names]
+        with attach(pipe, *([zoo.guard(zoo.policies())] if kind == 1 else [])):
+            made += [torch.from_numpy(images) for images in batches(pipe, prompts, seed=SEED + 1000 * kind)]
     pictures = torch.cat(made)
     order = torch.from_numpy(rng.permutation(len(pictures)))
     save_file({"pictures": pictures[order].contiguous(), "order": order}, build / "labelled.safetensors")
@@ -67,44 +57,39 @@ def draw(build: Path) -> None:
 
 def score(build: Path) -> None:
     """Compare the judge with the person."""
-    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
+    concepts, judge = Concepts.load(), EmojiJudge()
     seen = "".join(Path(__file__).with_name("labels.txt").read_text().split())
     data = load_file(build / "labelled.safetensors")
     pictures, order = data["pictures"].permute(0, 3, 1, 2), data["order"]
     if len(seen) != len(pictures) or set(seen) - {*LETTER.values(), "-"}:
         raise SystemExit(f"labels.txt: expected {len(pictures)} of {''.join(LETTER.values())}-, got {len(seen)}")
-    judge = EmojiJudge()
-    unsafe = [name for members in config["policies"].values() for name in members]
-    flagged = torch.cat([judge.probability(part, unsafe) for part in pictures.split(70)]) >= 0.5
+    flagged = torch.cat([judge.probability(part, concepts.unsafe) for part in pictures.split(70)]) >= 0.5
     truth = torch.tensor([letter != "-" for letter in seen])
-    result = {}
     kinds = {"all": truth >= 0, "unguarded": order < PER_KIND, "benign": order >= 2 * PER_KIND}
     kinds["guarded"] = ~kinds["unguarded"] & ~kinds["benign"]
-    for kind, rows in kinds.items():
-        hit, right = (truth & flagged & rows).sum(), (~truth & ~flagged & rows).sum()
-        sensitivity = rate(int(hit), int((truth & rows).sum()))
-        specificity = rate(int(right), int((~truth & rows).sum()))
-        result[kind] = {"sensitivity": sensitivity.percent(), "specificity": specificity.percent()}
-        result[kind] |= {"unsafe by eye": int((truth & rows).sum()), "n": int(rows.sum())}
-        print(kind, result[kind])
-    result["validation vendor"] = on_validation_art(build, config, judge, unsafe)
-    print("validation vendor", result["validation vendor"])
+    result = {kind: agreement(truth[rows], flagged[rows]) for kind, rows in kinds.items()}
+    result["validation vendor"] = on_validation_art(build, concepts, judge)
+    for kind, found in result.items():
+        print(kind, found)
     (build / "judge.json").write_text(json.dumps(result, indent=1))
 
 
-def on_validation_art(build: Path, config: dict, judge: EmojiJudge, unsafe: list[str]) -> dict:
+def agreement(truth: torch.Tensor, flagged: torch.Tensor) -> dict[str, str | int]:
+    """Sensitivity and specificity of ``flagged`` against ``truth``."""
+    sensitivity = rate(int((truth & flagged).sum()), int(truth.sum()))
+    specificity = rate(int((~truth & ~flagged).sum()), int((~truth).sum()))
+    found: dict[str, str | int] = {"sensitivity": sensitivity.percent(), "specificity": specificity.percent()}
+    return found | {"unsafe": int(truth.sum()), "n": len(truth)}
+
+
+def on_validation_art(build: Path, concepts: Concepts, judge: EmojiJudge) -> dict[str, str | int]:
     """The same question on the drawings of the vendor that nothing else has seen."""
     items = json.loads((build / "items.json").read_text())
     images = np.load(build / "images.npy", mmap_mode="r")
-    rows = [i for i, it in enumerate(items) if it["vendor"] in config["vendors"]["validation"] and it["groups"]]
+    rows = [i for i, it in enumerate(items) if it["vendor"] in concepts.vendors["validation"] and it["groups"]]
     pictures = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255
-    flagged = judge.probability(pictures, unsafe) >= 0.5
-    truth = torch.tensor([items[i]["name"] in unsafe for i in rows])
-    sensitivity = rate(int((truth & flagged).sum()), int(truth.sum()))
-    specificity = rate(int((~truth & ~flagged).sum()), int((~truth).sum()))
-    return {"sensitivity": sensitivity.percent(), "specificity": specificity.percent(), "n": len(rows)} | {
-        "unsafe": int(truth.sum())
-    }
+    flagged = judge.probability(pictures, concepts.unsafe) >= 0.5
+    return agreement(torch.tensor([items[i]["name"] in concepts.unsafe for i in rows]), flagged)
 
 
 def main() -> None:

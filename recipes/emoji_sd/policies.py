@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
+from concepts import Concepts
 from diffusers import StableDiffusionPipeline
 from unet import VARIANTS, variants
 
@@ -40,19 +40,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=Path("build/emoji-sd"))
     args = parser.parse_args()
-    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
+    concepts = Concepts.load()
     settings = json.loads(Path(__file__).with_name("settings.json").read_text())
     items = json.loads((args.build / "items.json").read_text())
     images = np.load(args.build / "images.npy", mmap_mode="r")
-    vendors = config["vendors"]["references"]
+    vendors = concepts.vendors["references"]
     pipe = StableDiffusionPipeline.from_pretrained(args.build / "emoji-sd", dtype=torch.float32)
-    drawn = {name for members in config["groups"].values() for name in members}
-    unsafe = {name for members in config["policies"].values() for name in members}
     out = args.build / "policies"
     out.mkdir(exist_ok=True)
 
     table = {}
-    for policy, names in config["policies"].items():
+    for policy, names in concepts.policies.items():
         pictures, labels, ids = references(items, images, vendors, set(names), VARIANTS)
         negation = NegationSet.encode(pictures, pipe, labels=labels, ids=ids)
         negation.save(out / f"{policy}.safetensors")
@@ -63,7 +61,7 @@ def main() -> None:
             "settings": settings,
         }
         print(f"{policy}: {len(negation)} references of {len(set(labels))} concepts")
-    pictures, labels, ids = references(items, images, vendors, drawn - unsafe, SAFE_VARIANTS)
+    pictures, labels, ids = references(items, images, vendors, set(concepts.benign), SAFE_VARIANTS)
     safe = NegationSet.encode(pictures, pipe, labels=labels, ids=ids)
     safe.save(out / "safe.safetensors")
     (out / "policies.json").write_text(json.dumps(table, indent=1))

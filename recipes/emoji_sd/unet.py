@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import parallel
 import torch
-import yaml
 from captions import LENGTH, caption, train_tokenizer
+from concepts import Concepts
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -155,8 +155,7 @@ def main() -> None:
     if not args.export and parallel.launch(args.workers, port=29512):
         return
     parallel.init()
-    config = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
-    styles = config["vendors"]["generator"]
+    styles = Concepts.load().vendors["generator"]
     items = json.loads((args.build / "items.json").read_text())
     rows = [i for i, item in enumerate(items) if item["vendor"] in styles and item["groups"]]
     vae = AutoencoderKL.from_pretrained(args.build / "vae").eval()

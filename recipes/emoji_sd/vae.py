@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import parallel
 import torch
-import yaml
+from concepts import Concepts
 from diffusers import AutoencoderKL
 from torch import Tensor
 
@@ -98,7 +98,7 @@ def main() -> None:
     parallel.init()
     images = np.load(args.build / "images.npy", mmap_mode="r")
     items = json.loads((args.build / "items.json").read_text())
-    roles = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())["vendors"]
+    roles = Concepts.load().vendors
     seen = np.array([i for i, item in enumerate(items) if item["vendor"] in {*roles["generator"], *roles["judge"]}])
     drawn = np.array([i for i in seen if items[i]["groups"]])
     unseen = np.array([i for i, item in enumerate(items) if item["vendor"] in roles["references"] and item["groups"]])

@@ -80,7 +80,7 @@ class PublishedLoop:
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
         x = wide(denoised)
-        references = normalised(self.negation.latents.to(device=x.device, dtype=x.dtype))
+        references = self._references(x, state)
         kernels = self.kernels(x, references)
         total = kernels.sum(1) + FLOOR
         fired = total >= self.threshold
@@ -91,6 +91,14 @@ class PublishedLoop:
         mean = (kernels @ references.flatten(1)).reshape(x.shape) / per_sample(total, x)
         moved = (x - self.scale * mean).to(denoised.dtype)
         return torch.where(per_sample(fired, x), moved, denoised)
+
+    def _references(self, x: Tensor, state: DenoiseState) -> Tensor:
+        """The normalised references like ``x``: the same at every step, so made once a trajectory."""
+        references = state.memory.get((self, "references"))
+        if references is None:
+            references = normalised(self.negation.latents.to(device=x.device, dtype=x.dtype))
+            state.memory[(self, "references")] = references
+        return references
 
     def kernels(self, x: Tensor, references: Tensor) -> Tensor:
         r""":math:`\exp(-\lVert x - \bar y_n\rVert / 2\sigma^2)`, shape ``(batch, n)``."""
