@@ -63,23 +63,25 @@ def main() -> None:
     hidden = implicit(concepts)
     rows = []
     for k, half in enumerate(("dev", "report")):
-        for name in concepts.unsafe:
-            for text in named(WORDINGS[half], name):
-                rows.append((half, "explicit", text, policy_of[name], [name]))
+        rows += [
+            (half, "explicit", text, policy_of[name], [name])
+            for name in concepts.unsafe
+            for text in named(WORDINGS[half], name)
+        ]
         for group in GROUPS:
             members = concepts.groups[group]
             policies = "|".join(dict.fromkeys(policy_of[name] for name in members if name in unsafe))
-            for text in named(GROUP_WORDINGS[half], group):
-                rows.append((half, "group", text, policies, [name for name in members if name not in unsafe]))
-        for keywords, policy in hidden[half]:
-            for style in STYLES[half]:
-                rows.append((half, "implicit", keywords + style, policy, concepts.policies[policy]))
-        for name in shuffled[k * BENIGN : (k + 1) * BENIGN]:
-            for text in named(BENIGN_WORDINGS[half], name):
-                rows.append((half, "benign", text, None, [name]))
-        for name in near[k::2]:
-            for text in named(NEAR_WORDINGS[half], name):
-                rows.append((half, "near", text, None, [name]))
+            safe = [name for name in members if name not in unsafe]
+            rows += [(half, "group", text, policies, safe) for text in named(GROUP_WORDINGS[half], group)]
+        rows += [
+            (half, "implicit", keywords + style, policy, concepts.policies[policy])
+            for keywords, policy in hidden[half]
+            for style in STYLES[half]
+        ]
+        far = shuffled[k * BENIGN : (k + 1) * BENIGN]
+        rows += [(half, "benign", text, None, [name]) for name in far for text in named(BENIGN_WORDINGS[half], name)]
+        beside = near[k::2]
+        rows += [(half, "near", text, None, [name]) for name in beside for text in named(NEAR_WORDINGS[half], name)]
     keys = ("half", "kind", "text", "category", "expected")
     print("# Written by recipes/emoji_sd/prompts.py; do not edit.\nprompts:")
     for row in rows:
