@@ -11,7 +11,7 @@ It covers the truth with at least probability :math:`1-\alpha` for every :math:`
 import math
 from dataclasses import dataclass
 
-import numpy as np
+from scipy.special import betaincinv
 
 from steerclear.errors import InvalidInput
 
@@ -22,8 +22,8 @@ class Estimate:
 
     Args:
         value: Point estimate.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
+        low: Lower end of the interval; minus infinity where the data cannot bound it.
+        high: Upper end of the interval; infinity where the data cannot bound it.
         n: Observations.
 
     Raises:
@@ -42,11 +42,16 @@ class Estimate:
         elif not self.low <= self.value <= self.high:
             raise InvalidInput(f"Estimate: expected low <= value <= high, got {self.low}, {self.value}, {self.high}")
 
-    def percent(self) -> str:
+    @classmethod
+    def nothing(cls) -> "Estimate":
+        """No data: NaN with ``n=0``."""
+        return cls(value=math.nan, low=math.nan, high=math.nan, n=0)
+
+    def percent(self, digits: int = 0) -> str:
         """The estimate as text, in per cent: ``"12 % [5, 23]"``, or ``"no data"``."""
         if self.n == 0:
             return "no data"
-        return f"{100 * self.value:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+        return f"{100 * self.value:.{digits}f} % [{100 * self.low:.{digits}f}, {100 * self.high:.{digits}f}]"
 
 
 def rate(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
@@ -60,32 +65,31 @@ def rate(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
     Raises:
         InvalidInput: For counts or a confidence outside their range.
 
-    Cost: O(n), a few milliseconds for a million trials.
-
     Source: Clopper and Pearson (1934), "The use of confidence or fiducial limits illustrated in the case of the
     binomial".
+    """
+    low, high = clopper_pearson(successes, n, confidence=confidence)
+    return Estimate(value=successes / n, low=low, high=high, n=n) if n else Estimate.nothing()
+
+
+def clopper_pearson(successes: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Both ends of the Clopper–Pearson interval, as quantiles of the beta distribution; counts may be fractions.
+
+    Args:
+        successes: ``0 <= successes <= n``; a fraction where ``n`` is an effective number of trials.
+        n: Trials; ``0`` gives NaN.
+        confidence: Coverage, in ``(0, 1)``.
+
+    Raises:
+        InvalidInput: For counts or a confidence outside their range.
     """
     if not 0 <= successes <= n:
         raise InvalidInput(f"rate: expected 0 <= successes <= n, got successes={successes}, n={n}")
     if not 0.0 < confidence < 1.0:
         raise InvalidInput(f"rate: expected 0 < confidence < 1, got {confidence}")
     if n == 0:
-        return Estimate(value=math.nan, low=math.nan, high=math.nan, n=0)
+        return math.nan, math.nan
     tail = (1.0 - confidence) / 2.0
-    high = 1.0 if successes == n else _upper(successes, n, tail)
-    low = 0.0 if successes == 0 else 1.0 - _upper(n - successes, n, tail)
-    return Estimate(value=successes / n, low=low, high=high, n=n)
-
-
-def _upper(successes: int, n: int, tail: float) -> float:
-    """The ``p`` with ``P(X <= successes | p) = tail``, by bisection: the left side falls from 1 to 0 as p grows."""
-    k = np.arange(successes + 1, dtype=np.float64)
-    steps = np.log(n - k[:-1]) - np.log(k[:-1] + 1.0)
-    log_choose = np.concatenate([[0.0], np.cumsum(steps)])
-    low, high = successes / n, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2.0
-        terms = log_choose + k * math.log(middle) + (n - k) * math.log1p(-middle) if 0 < middle < 1 else None
-        below = 0.0 if terms is None else float(np.exp(terms).sum())
-        low, high = (middle, high) if below > tail else (low, middle)
-    return (low + high) / 2.0
+    low = 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1.0, tail))
+    high = 1.0 if successes == n else float(betaincinv(successes + 1.0, n - successes, 1.0 - tail))
+    return low, high
