@@ -1,5 +1,16 @@
-"""Numbers that can be believed: estimates that carry their interval and their sample size."""
+"""Numbers that can be believed: tasks, records of every picture, and estimates that carry interval and sample size.
+
+>>> judge = Judge(detector=EmojiJudge(), rule=Thresholds(unsafe=frozenset({"beer mug"})))
+>>> arms = (Arm(key="none"), Arm(key="release", guard=zoo.guard("alcohol")))
+>>> task = Task(model="emoji-sd", prompts=(Prompt(text="a drink"),), arms=arms, judges={"judge": judge})
+>>> evaluate(task, "run")
+>>> table = records("run")
+"""
 
 from steerclear.evaluate.estimate import Estimate, rate
+from steerclear.evaluate.prompts import Prompt
+from steerclear.evaluate.shards import Shard, evaluate
+from steerclear.evaluate.store import records
+from steerclear.evaluate.task import Arm, Judge, Sampling, Task
 
-__all__ = ["Estimate", "rate"]
+__all__ = ["Arm", "Estimate", "Judge", "Prompt", "Sampling", "Shard", "Task", "evaluate", "rate", "records"]
