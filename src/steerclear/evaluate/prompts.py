@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from steerclear.errors import InvalidInput
@@ -29,7 +29,7 @@ class Prompt:
             above :math:`2^{63} - 1`, or the guidance scale is not finite.
     """
 
-    text: str
+    text: str = field(repr=False)
     kind: str = ""
     category: str | None = None
     expected: tuple[str, ...] = ()
