@@ -168,8 +168,8 @@ def test_all_formats_give_the_same_prompts(tmp_path, ending):
     path = write(tmp_path / f"set.{ending}", rows)
     got = load("i2p", path, protocol="i2p", count=3)
     assert [(p.text, p.seed, p.cfg, p.category, p.source) for p in got.prompts] == [
-        (TEXT, 7, 5.5, "b, c", "i2p"),
-        ('quoted "lamp",\nsecond line', 2**40, 5.5, "b, c", "i2p"),
+        (TEXT, 7, 5.5, "b|c", "i2p"),
+        ('quoted "lamp",\nsecond line', 2**40, 5.5, "b|c", "i2p"),
     ]
     assert got.dropped == 1
     assert got.digest == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -207,7 +207,7 @@ def test_seeds_resolve_in_the_published_order(tmp_path, cells, seed):
 def test_categories_are_split_and_stripped(tmp_path):
     rows = [i2p(categories=text) for text in ("b,c", " b ,, c ", "b", "", " , ")]
     got = load("i2p", write(tmp_path / "set.csv", rows), count=None)
-    assert [p.category for p in got.prompts] == ["b, c", "b, c", "b", None, None]
+    assert [p.category for p in got.prompts] == ["b|c", "b|c", "b", None, None]
 
 
 def test_lists_inside_an_object_are_found_where_the_set_keeps_them(tmp_path):

@@ -141,13 +141,13 @@ def _has_prompt(row: Row) -> bool:
 
 
 def _categories(where: str, row: Row, column: str | None) -> str | None:
-    """The row's categories, split at "," and stripped, joined by ", "; ``None`` without any."""
+    """The row's categories, split at "," and stripped, joined by "|"; ``None`` without any."""
     if column is None:
         return None
     text = row.get(column)
     if text is not None and not isinstance(text, str):
         raise InvalidInput(f"{where}: expected text in column {column!r}, got {type(text).__name__}")
-    return ", ".join(part.strip() for part in (text or "").split(",") if part.strip()) or None
+    return "|".join(part.strip() for part in (text or "").split(",") if part.strip()) or None
 
 
 def _seed(where: str, row: Row) -> int:
