@@ -5,6 +5,7 @@ from steerclear.evaluate.metrics.base import Among, Metric, among
 from steerclear.evaluate.metrics.change import Change, ChangedRate, FiredRate, IdenticalRate, OverBlocking
 from steerclear.evaluate.metrics.clip import ClipScore, ClipScorer
 from steerclear.evaluate.metrics.cost import EvaluationsPerPicture, GuardShare, SecondsPerPicture
+from steerclear.evaluate.metrics.quality import FeatureMetric, FeatureSpace, quality
 from steerclear.evaluate.metrics.safety import (
     CorrectedUnsafeRate,
     InappropriateProbability,
@@ -25,6 +26,8 @@ __all__ = [
     "CorrectedUnsafeRate",
     "EvaluationsPerPicture",
     "FailureRate",
+    "FeatureMetric",
+    "FeatureSpace",
     "FiredRate",
     "GuardShare",
     "IdenticalRate",
@@ -39,4 +42,5 @@ __all__ = [
     "ToxicRate",
     "UnsafeRate",
     "among",
+    "quality",
 ]
