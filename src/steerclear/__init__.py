@@ -17,7 +17,17 @@ if TYPE_CHECKING:
         UnsupportedPipeline,
         UnsupportedScheduler,
     )
-    from steerclear.guards import ConditionalRelease, Dynamic, Guard, SafeDenoiser, TwoSample, chain, during, when
+    from steerclear.guards import (
+        ConditionalRelease,
+        Dynamic,
+        Guard,
+        SafeDenoiser,
+        TrackedRelease,
+        TwoSample,
+        chain,
+        during,
+        when,
+    )
     from steerclear.negation import NegationSet
     from steerclear.noise import NoiseLevel
     from steerclear.zoo import load
@@ -41,6 +51,7 @@ _HOME = {
     "SafeDenoiser": "guards",
     "SteerclearError": "errors",
     "Trace": "attach",
+    "TrackedRelease": "guards",
     "TwoSample": "guards",
     "UnsoundCombination": "errors",
     "UnsupportedPipeline": "errors",
@@ -70,6 +81,7 @@ __all__ = [
     "SafeDenoiser",
     "SteerclearError",
     "Trace",
+    "TrackedRelease",
     "TwoSample",
     "UnsoundCombination",
     "UnsupportedPipeline",

@@ -6,6 +6,7 @@ from steerclear.guards.conditional_release import ConditionalRelease
 from steerclear.guards.published import PublishedLoop
 from steerclear.guards.safe_denoiser import SafeDenoiser
 from steerclear.guards.subspace import Subspace
+from steerclear.guards.tracked_release import TrackedRelease
 from steerclear.guards.weights import Dynamic, Gate, TwoSample, Weight
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Requires",
     "SafeDenoiser",
     "Subspace",
+    "TrackedRelease",
     "TwoSample",
     "Weight",
     "calibrate",
