@@ -8,9 +8,28 @@
 """
 
 from steerclear.evaluate.estimate import Estimate, rate
+from steerclear.evaluate.metrics import FeatureSpace, Metric
 from steerclear.evaluate.prompts import Prompt
+from steerclear.evaluate.scoreboard import Scoreboard, scoreboard
 from steerclear.evaluate.shards import Shard, evaluate
+from steerclear.evaluate.statistics import JudgeErrors
 from steerclear.evaluate.store import records
 from steerclear.evaluate.task import Arm, Judge, Sampling, Task
 
-__all__ = ["Arm", "Estimate", "Judge", "Prompt", "Sampling", "Shard", "Task", "evaluate", "rate", "records"]
+__all__ = [
+    "Arm",
+    "Estimate",
+    "FeatureSpace",
+    "Judge",
+    "JudgeErrors",
+    "Metric",
+    "Prompt",
+    "Sampling",
+    "Scoreboard",
+    "Shard",
+    "Task",
+    "evaluate",
+    "rate",
+    "records",
+    "scoreboard",
+]

@@ -10,8 +10,8 @@ seeds: more pictures alone raise the rate. In all of them ``n`` is the number of
 interval is Clopper–Pearson's.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -58,8 +58,8 @@ class AttackSuccess:
     stage: Literal["", "pre-"] = ""
     item: str = "prompt_digest"
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "lower"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -95,8 +95,8 @@ class PostAttackSuccess:
     pictures: int = 1
     item: str = "prompt_digest"
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "lower"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -138,8 +138,8 @@ class FailureRate:
     pictures: int = 1
     item: str = "prompt_digest"
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "lower"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """What a guard does to pictures that it should leave alone, against the reference arm's at the same prompt and seed."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -21,9 +21,9 @@ class IdenticalRate:
     """
 
     confidence: float = 0.95
-    name: ClassVar[str] = "bit-identical"
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "higher"
+    name: str = field(default="bit-identical", init=False, repr=False)
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="higher", init=False, repr=False)
 
     def __call__(self, records: Records) -> Estimate:
         return share(records, numbers(records, "identical"), confidence=self.confidence)
@@ -40,8 +40,8 @@ class ChangedRate:
 
     tolerance: float = NEARLY
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "lower"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -64,8 +64,8 @@ class Change:
 
     measure: Literal["rms", "max"] = "rms"
     confidence: float = 0.95
-    unit: ClassVar[str] = "of [0, 1]"
-    better: ClassVar[Better] = ""
+    unit: str = field(default="of [0, 1]", init=False, repr=False)
+    better: Better = field(default="", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -97,8 +97,8 @@ class OverBlocking:
     reference: Records
     kinds: tuple[str, ...] = ("near",)
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "lower"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -120,9 +120,9 @@ class FiredRate:
     """
 
     confidence: float = 0.95
-    name: ClassVar[str] = "fired"
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = ""
+    name: str = field(default="fired", init=False, repr=False)
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="", init=False, repr=False)
 
     def __call__(self, records: Records) -> Estimate:
         return share(records, numbers(records, "fired"), confidence=self.confidence)

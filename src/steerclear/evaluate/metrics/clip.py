@@ -1,8 +1,8 @@
 r"""CLIP score: how well a picture fits its prompt, :math:`100 \max(\cos(f(x), g(c)), 0)`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ class ClipScore:
 
     column: str = "clip_score"
     confidence: float = 0.95
-    unit: ClassVar[str] = "of 100"
-    better: ClassVar[Better] = "higher"
+    unit: str = field(default="of 100", init=False, repr=False)
+    better: Better = field(default="higher", init=False, repr=False)
 
     @property
     def name(self) -> str:

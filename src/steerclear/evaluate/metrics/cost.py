@@ -1,7 +1,6 @@
 """What a picture costs. Pictures of one batch share its time, so batches (``unit``) are the bootstrap's unit."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 from steerclear.evaluate.estimate import Estimate
 from steerclear.evaluate.metrics.base import Better, mean
@@ -13,9 +12,9 @@ class SecondsPerPicture:
     """Mean wall time per picture, batches divided by their size. Depends on machine, batch and load."""
 
     confidence: float = 0.95
-    name: ClassVar[str] = "seconds per picture"
-    unit: ClassVar[str] = "s"
-    better: ClassVar[Better] = "lower"
+    name: str = field(default="seconds per picture", init=False, repr=False)
+    unit: str = field(default="s", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     def __call__(self, records: Records) -> Estimate:
         values = numbers(records, "seconds")
@@ -27,9 +26,9 @@ class GuardShare:
     """Share of the wall time that is spent inside guards: sum of ``guard_seconds`` over sum of ``seconds``."""
 
     confidence: float = 0.95
-    name: ClassVar[str] = "guard share of time"
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "lower"
+    name: str = field(default="guard share of time", init=False, repr=False)
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     def __call__(self, records: Records) -> Estimate:
         inside, all_of_it = numbers(records, "guard_seconds"), numbers(records, "seconds")
@@ -41,9 +40,9 @@ class EvaluationsPerPicture:
     """Mean network evaluations per picture; guidance branches and a guard's own evaluations count."""
 
     confidence: float = 0.95
-    name: ClassVar[str] = "network evaluations"
-    unit: ClassVar[str] = "per picture"
-    better: ClassVar[Better] = "lower"
+    name: str = field(default="network evaluations", init=False, repr=False)
+    unit: str = field(default="per picture", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     def __call__(self, records: Records) -> Estimate:
         values = numbers(records, "evaluations")

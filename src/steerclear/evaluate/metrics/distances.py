@@ -21,7 +21,8 @@ def frechet(real: Features, fake: Features) -> float:
 
     .. math:: |\mu_1 - \mu_2|^2 + Tr(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1^{1/2} \Sigma_2 \Sigma_1^{1/2})^{1/2})
 
-    This root has the trace of :math:`(\Sigma_1 \Sigma_2)^{1/2}` and is symmetric: no complex numbers. Biased upwards for few pictures. NaN below two a side.
+    This root has the trace of :math:`(\Sigma_1 \Sigma_2)^{1/2}` and is symmetric: no complex numbers. Biased upwards
+    for few pictures. NaN below two a side.
 
     Source: Heusel et al. (2017), "GANs Trained by a Two Time-Scale Update Rule", arXiv:1706.08500.
     """

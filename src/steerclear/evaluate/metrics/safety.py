@@ -4,8 +4,7 @@ r"""How unsafe the pictures are, by one judge.
 probability. Pictures that were not judged are left out of every sum and of ``n``.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,8 +27,8 @@ class UnsafeRate:
 
     judge: str
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "lower"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -52,8 +51,8 @@ class CorrectedUnsafeRate:
     judge: str
     errors: JudgeErrors
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "lower"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -79,8 +78,8 @@ class ToxicRate:
 
     judge: str
     confidence: float = 0.95
-    unit: ClassVar[str] = "probability"
-    better: ClassVar[Better] = "lower"
+    unit: str = field(default="probability", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -108,8 +107,8 @@ class InappropriateProbability:
     judge: str
     category: str
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "lower"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="lower", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -131,8 +130,8 @@ class OnPromptRate:
 
     judge: str
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "higher"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="higher", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -153,8 +152,8 @@ class SafeOnPromptRate:
 
     judge: str
     confidence: float = 0.95
-    unit: ClassVar[str] = "share"
-    better: ClassVar[Better] = "higher"
+    unit: str = field(default="share", init=False, repr=False)
+    better: Better = field(default="higher", init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -178,8 +177,8 @@ class JudgeConfidence:
 
     judge: str
     confidence: float = 0.95
-    unit: ClassVar[str] = "probability"
-    better: ClassVar[Better] = "higher"
+    unit: str = field(default="probability", init=False, repr=False)
+    better: Better = field(default="higher", init=False, repr=False)
 
     @property
     def name(self) -> str:
