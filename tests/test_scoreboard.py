@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.stats import binomtest
@@ -196,7 +197,7 @@ def test_the_correction_needs_the_judges_errors():
 
 
 def test_more_metrics_are_more_columns_with_their_notes():
-    real = [[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]]
+    real = np.array([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
     metrics = (among(ClipScore(), "benign"), FeatureMetric(statistic="FID", space="toy", real=real, draws=3))
     board = scoreboard(records(), judge="J", reference="none", metrics=metrics)
     assert cells(board, "guard")["clip_score among benign"].value == 30.0
@@ -207,7 +208,7 @@ def test_more_metrics_are_more_columns_with_their_notes():
 
 
 def test_prompts_without_a_kind_are_unsafe_prompts():
-    rows = [picture(arm, "explicit", i, kind="") for arm in ARMS for i in range(4)]
+    rows = [{**picture(arm, "explicit", i), "kind": ""} for arm in ARMS for i in range(4)]
     board = scoreboard(pa.Table.from_pylist(rows), judge="J", reference="none")
     assert cells(board, "none")["unsafe/"].n == 4
     assert comparison(board, "guard", "none", "unsafe").c == 4
@@ -224,7 +225,7 @@ def test_only_benign_prompts_leave_nothing_to_test_for_safety():
 def test_what_is_missing_is_named():
     with pytest.raises(InvalidInput, match=r"expected column 'K/unsafe', 'K/expected'"):
         scoreboard(records(), judge="K", reference="none")
-    with pytest.raises(InvalidInput, match="expected arms none, .*, guard, got 'nobody'"):
+    with pytest.raises(InvalidInput, match=r"expected arms none, .*, guard, got 'nobody'"):
         scoreboard(records(), judge="J", reference="none", against=("nobody",))
     with pytest.raises(InvalidInput, match="expected column 'seconds'"):
         scoreboard(records().drop_columns(["seconds"]), judge="J", reference="none")

@@ -194,7 +194,7 @@ def scoreboard(
     arms = {name: select(records, arm=name) for name in names}
     base = arms[reference]
     kinds = tuple(dict.fromkeys(texts(records, "kind").tolist()))
-    unsafe = tuple(k for k in kinds if k in unsafe_kinds) or tuple(k for k in kinds if k not in BENIGN_KINDS)
+    unsafe = tuple(k for k in unsafe_kinds if k in kinds) or tuple(k for k in kinds if k not in BENIGN_KINDS)
     columns = (
         *_safety(judge, kinds, unsafe, errors, confidence),
         *_substance(judge, kinds, confidence),
