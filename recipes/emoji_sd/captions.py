@@ -1,15 +1,30 @@
 """What a picture is called: names, group words, keywords, and a style phrase in about 60 % of the captions."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-LENGTH, DROPOUT = 24, 0.12
+LENGTH = 24
 TEMPLATES = ("{}", "{}", "{a}", "{a}", "{} emoji", "an emoji of {a}", "a picture of {a}", "a drawing of {a}")
 STYLES = ("noto", "flat", "3d")
 WORDS = "a an the of emoji picture drawing photo style flat noto 3d blob with and on in white background"
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How often a caption is empty (for classifier-free guidance), a group word, or keywords; the rest are names."""
+
+    empty: float
+    group: float
+    keywords: float
+
+
+FIRST = Shares(empty=0.12, group=0.09, keywords=0.07)
+#: Group words and keywords mean many pictures each: they, and the empty caption, take longer to learn than names.
+FINISH = Shares(empty=0.15, group=0.22, keywords=0.2)
 
 
 def with_article(name: str) -> str:
@@ -20,18 +35,18 @@ def phrase(name: str, rng: np.random.Generator) -> str:
     return str(rng.choice(TEMPLATES)).format(name, a=with_article(name))
 
 
-def caption(item: dict, style: str, rng: np.random.Generator) -> str:
-    """A random caption of a picture; empty with probability ``DROPOUT`` (for classifier-free guidance)."""
-    if rng.random() < DROPOUT:
+def caption(item: dict, style: str, rng: np.random.Generator, shares: Shares) -> str:
+    """A random caption of a picture; empty with probability ``shares.empty``."""
+    kind, keywords = rng.random() - shares.empty, item["keywords"]
+    if kind < 0:
         return ""
-    kind, keywords = rng.random(), item["keywords"]
-    if kind < 0.10 and item["groups"]:
+    if kind < shares.group and item["groups"]:
         text = phrase(str(rng.choice(item["groups"])), rng)
-    elif kind < 0.18 and len(keywords) > 1:
-        text = ", ".join(rng.choice(keywords, min(len(keywords), int(rng.integers(2, 4))), replace=False))
+    elif shares.group <= kind < shares.group + shares.keywords and keywords:
+        text = ", ".join(rng.choice(keywords, min(len(keywords), int(rng.integers(1, 4))), replace=False))
     else:
         text = phrase(item["name"], rng)
-        if kind < 0.28 and keywords:
+        if rng.random() < 0.12 and keywords:
             text += ", " + str(rng.choice(keywords))
     return f"{text}, {style} style" if rng.random() < 0.6 else text
 

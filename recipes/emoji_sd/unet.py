@@ -3,10 +3,14 @@
     python recipes/emoji_sd/unet.py --build build/emoji-sd --minutes 90 --workers 2
 
 v-prediction, scaled-linear betas, half-weight min-SNR-5, AdamW with linear decay over the last 40 %, exponential
-moving average, 12 % caption dropout. Every picture is encoded in 8 variants (mirrored or not, shifted, scaled), so that
+moving average, 12 % empty captions. Every picture is encoded in 8 variants (mirrored or not, shifted, scaled), so that
 seeds differ. Two processes train on their own batches and average their weights every 4 steps (local SGD: an all-reduce
 per step would cost as much as the arithmetic). Checkpoints every three minutes; run again to resume, with the same or
 another ``--minutes`` for all sittings together. Writes ``BUILD/emoji-sd`` as a StableDiffusionPipeline.
+
+    python recipes/emoji_sd/unet.py --build build/emoji-sd --minutes 60 --finish
+
+goes on from the averaged weights with a fresh optimizer and more captions that are group words, keywords or empty.
 """
 
 import argparse
@@ -17,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import parallel
 import torch
-from captions import LENGTH, caption, train_tokenizer
+from captions import FINISH, FIRST, LENGTH, caption, train_tokenizer
 from concepts import Concepts
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
@@ -150,6 +154,7 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=Path("build/emoji-sd"))
     parser.add_argument("--minutes", type=float, default=90.0, help="time to train, all sittings together")
     parser.add_argument("--workers", type=int, default=2, help="single-thread processes")
+    parser.add_argument("--finish", action="store_true", help="a second training, from the first one's average")
     parser.add_argument("--export", action="store_true", help="only write the checkpoint's average as a pipeline")
     args = parser.parse_args()
     if not args.export and parallel.launch(args.workers, port=29512):
@@ -159,7 +164,9 @@ def main() -> None:
     items = json.loads((args.build / "items.json").read_text())
     rows = [i for i, item in enumerate(items) if item["vendor"] in styles and item["groups"]]
     vae = AutoencoderKL.from_pretrained(args.build / "vae").eval()
-    tokens_at, checkpoint = args.build / "tokenizer", args.build / "unet.checkpoint.pt"
+    tokens_at, first_checkpoint = args.build / "tokenizer", args.build / "unet.checkpoint.pt"
+    checkpoint = args.build / "finish.checkpoint.pt" if args.finish else first_checkpoint
+    shares, rate = (FINISH, RATE / 2) if args.finish else (FIRST, RATE)
     if parallel.RANK == 0:
         encode(vae, np.load(args.build / "images.npy", mmap_mode="r"), rows, args.build / "latents.pt")
         if not tokens_at.exists():
@@ -172,7 +179,7 @@ def main() -> None:
     text, unet = build(tokenizer)
     parameters = [*unet.parameters(), *text.parameters()]
     average = Averaged(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     step, spent = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -180,6 +187,9 @@ def main() -> None:
         text.load_state_dict(state["text"])
         optimizer.load_state_dict(state["optimizer"])
         average.values, step, spent = state["average"], state["step"], state["spent"]
+    elif args.finish:
+        average.values = torch.load(first_checkpoint, weights_only=True)["average"]
+        average.copy_to(parameters)
     if args.export:
         average.copy_to(parameters)
         pipeline(vae, text, tokenizer, unet).save_pretrained(args.build / "emoji-sd")
@@ -199,11 +209,11 @@ def main() -> None:
         share = min(1.0, elapsed / total)
         decay = 1.0 if share < 0.6 else max(0.01, 1 - (share - 0.6) / 0.4)
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * decay
+            group["lr"] = rate * min(1.0, (step + 1) / WARMUP) * decay
         if len(order) < BATCH:
             order = [*order, *rng.permutation(len(rows))]
         batch, order = order[:BATCH], order[BATCH:]
-        captions = [caption(items[rows[i]], styles[items[rows[i]]["vendor"]], rng) for i in batch]
+        captions = [caption(items[rows[i]], styles[items[rows[i]]["vendor"]], rng, shares) for i in batch]
         tokens = tokenizer(
             captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
         ).input_ids

@@ -10,10 +10,19 @@ guidance of scale :math:`g`,
 where :math:`w_c = P(\text{unsafe} \mid x_t, c)` is read off the conditional branch's estimate and the running maximum
 is the memory: once the sample has left the region of the prompt, :math:`w_c` falls again, and must not be believed.
 :math:`\kappa > 1` turns the released branch round, like a negative prompt that only acts on samples whose own evidence
-asks for it. The exact mixture that this approximates is derived in docs/guards.md.
+asks for it.
+
+A released sample needs something else to become. Without a ``fallback`` that is whatever the model draws without a
+prompt; with one, another prompt is obeyed as far as the first is not,
+
+.. math:: \hat x' = \hat x_{\varnothing} + g \bigl(r\,(\hat x_c - \hat x_\varnothing)
+    + \min(1 - r, 1)\,(\hat x_f - \hat x_\varnothing)\bigr)
+
+The exact mixture that this approximates is derived in docs/conditional-release.md.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +36,8 @@ from steerclear.guards.weights import Weight
 from steerclear.negation import NegationSet
 from steerclear.noise import per_sample
 
+Fallback = str | Callable[[Tensor, DenoiseState], Sequence[str]]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConditionalRelease:
@@ -38,6 +49,8 @@ class ConditionalRelease:
             makes it conditional.
         strength: :math:`\kappa \ge 0`; 1 releases the prompt completely where :math:`w_c = 1`, more pushes away.
         gate: Weights below it count as 0, in [0, 1): such samples stay bit-identical.
+        fallback: A prompt to obey in place of the released one, or a function of the conditional estimate and the step
+            that names one per sample, such as :meth:`Seen.substitute`: asked when a sample is first released.
         max_beta: Cap on :math:`w_\varnothing/(1 - w_\varnothing)` in the safe denoiser of the unconditional branch,
             which keeps the fallback itself safe; 0 leaves that branch as it is. Acts only on released samples.
 
@@ -57,7 +70,8 @@ class ConditionalRelease:
             pipeline's call, if it runs without classifier-free guidance.
 
     Cost:
-        No network evaluation; one ``(batch, n)`` distance matrix per reference set and step, twice with ``max_beta``.
+        That of the weight; with ``max_beta`` twice that and a posterior. No network evaluation, except that a
+        ``fallback`` takes one for the batch at every step in which a sample is released (and waits for the device).
 
     Equal to:
         The identity at ``strength=0`` and for every sample whose weight stays below ``gate``.
@@ -67,6 +81,7 @@ class ConditionalRelease:
     weight: Weight
     strength: float = 1.5
     gate: float = 0.3
+    fallback: Fallback | None = None
     max_beta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -85,23 +100,22 @@ class ConditionalRelease:
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
         conditional, unconditional = (wide(state.branches[name]) for name in ("conditional", "unconditional"))
-        log_odds, _ = self._evidence("conditional", conditional, state)
-        released = self._latched(log_odds.sigmoid(), state)
-        state.note("weight", log_odds.sigmoid())
+        weight = self.weight.evidence(self.negation, conditional, state, (self, "conditional")).sigmoid()
+        released = self._latched(weight, state)
+        state.note("weight", weight)
         state.note("release", released)
         if self.strength == 0.0:
             return None
         x = wide(denoised)
         scale = 1.0 if state.guidance_scale is None else state.guidance_scale
-        moved = x - scale * per_sample(released, x).to(x.dtype) * (conditional - unconditional)
+        share = per_sample(released, x).to(x.dtype)
+        moved = x - scale * share * (conditional - unconditional)
+        instead = self._instead(released, conditional, state)
+        if instead is not None:
+            moved = moved + scale * share.clamp_max(1.0) * (instead - unconditional)
         if self.max_beta > 0.0:
-            moved = moved + self._fallback(unconditional, state)
+            moved = moved + self._safe_push(unconditional, state)
         return torch.where(per_sample(released > 0.0, x), moved.to(denoised.dtype), denoised)
-
-    def _evidence(self, branch: str, estimate: Tensor, state: DenoiseState) -> tuple[Tensor, Tensor]:
-        """Log-odds of a branch's estimate, and the unsafe mean as seen from there."""
-        unsafe = self.weight.posterior(self.negation, estimate, state)
-        return self.weight.log_odds(unsafe, estimate, state, (self, branch)), unsafe.mean
 
     def _latched(self, weight: Tensor, state: DenoiseState) -> Tensor:
         r""":math:`1 - r`: strength times the highest weight so far that reached the gate."""
@@ -111,8 +125,24 @@ class ConditionalRelease:
         state.memory[(self, "highest")] = highest
         return self.strength * highest
 
-    def _fallback(self, unconditional: Tensor, state: DenoiseState) -> Tensor:
+    def _instead(self, released: Tensor, conditional: Tensor, state: DenoiseState) -> Tensor | None:
+        """The fallback's estimate at this step, if any sample is released."""
+        if self.fallback is None or not bool((released > 0.0).any()) or state.denoise is None:
+            return None
+        if isinstance(self.fallback, str):
+            return wide(state.denoise(state.x_t, state.level, self.fallback))
+        prompts: list[str | None] = state.memory.setdefault((self, "fallback"), [None] * len(released))
+        fired = released.gt(0.0).tolist()
+        if any(fires and known is None for fires, known in zip(fired, prompts, strict=True)):
+            for k, name in enumerate(self.fallback(conditional, state)):
+                if fired[k] and prompts[k] is None:
+                    prompts[k] = name
+        return wide(state.denoise(state.x_t, state.level, [name or "" for name in prompts]))
+
+    def _safe_push(self, unconditional: Tensor, state: DenoiseState) -> Tensor:
         r""":math:`\beta_\varnothing (\hat x_\varnothing - \hat x_{unsafe})`, the safe denoiser of that branch."""
-        log_odds, mean = self._evidence("unconditional", unconditional, state)
+        unsafe = self.weight.posterior(self.negation, unconditional, state)
+        log_odds = self.weight.log_odds(unsafe, unconditional, state, (self, "unconditional"))
         beta = log_odds.clamp_max(math.log(self.max_beta)).exp()
-        return per_sample(beta, unconditional).to(unconditional.dtype) * (unconditional - mean.to(unconditional.dtype))
+        mean = unsafe.mean.to(unconditional.dtype)
+        return per_sample(beta, unconditional).to(unconditional.dtype) * (unconditional - mean)

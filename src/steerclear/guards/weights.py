@@ -71,6 +71,10 @@ class Weight(ABC):
             return references.posterior(state.x_t, level)
         return references.posterior(denoised, NoiseLevel(1.0, self.bandwidth * width))
 
+    def evidence(self, negation: NegationSet, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
+        """Log-odds of an estimate for guards that need no posterior mean; estimators that can skip it do."""
+        return self.log_odds(self.posterior(negation, estimate, state), estimate, state, owner)
+
     @abstractmethod
     def log_odds(self, unsafe: Posterior, denoised: Tensor, state: DenoiseState, owner: object) -> Tensor:
         r""":math:`\log\frac{w}{1-w}` of every sample, shape ``(batch,)``, float32 at least.
@@ -149,6 +153,11 @@ class TwoSample(Weight):
                 f"TwoSample: {len(shared)} pictures are in the negation set and in the safe set ({shared[0][:23]}…); "
                 f"their evidences cancel there. Remove them from one of the two"
             )
+
+    def evidence(self, negation: NegationSet, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
+        if self.subspace is None or self.bandwidth is None:
+            return super().evidence(negation, estimate, state, owner)
+        return self.odds(self.subspace.log_ratio(estimate, self.bandwidth * math.sqrt(self.temperature)))
 
     def log_odds(self, unsafe: Posterior, denoised: Tensor, state: DenoiseState, owner: object) -> Tensor:
         if self.subspace is not None and self.bandwidth is not None:
