@@ -122,8 +122,8 @@ def test_comparisons_are_paired_and_exact(board):
     assert comparison(board, "guard", "negative | prompt", "unsafe").c == 6
     right = comparison(board, "guard", "negative | prompt", "on-prompt")
     assert (right.b, right.c, right.n, right.p) == (1, 0, 4, 1.0)
-    pairs = {(c.arm, c.against) for c in board.comparisons}
-    assert pairs == {(arm, other) for arm in ARMS for other in ARMS[:2] if arm != other}
+    pairs = [(c.arm, c.against) for c in board.comparisons if c.outcome == "unsafe"]
+    assert pairs == [("negative | prompt", "none"), ("guard", "none"), ("guard", "negative | prompt")]
 
 
 def test_categories_count_rows_of_several_in_each(board):

@@ -234,6 +234,30 @@ def test_the_difference_never_looks_certain_for_want_of_disagreement():
     assert (got.value, got.low, got.high) == (0.0, pytest.approx(-bound), pytest.approx(bound))
 
 
+def test_the_difference_excludes_zero_where_the_test_rejects():
+    first, second = np.array([0] * 12), np.array([1] * 7 + [0] * 5)
+    got = paired(first, second, np.arange(12))
+    assert got.p < 0.025
+    assert got.difference.value == pytest.approx(-7 / 12)
+    # The share that disagrees and the first's share of it, by SciPy, at half the error each.
+    odd = binomtest(7, 12).proportion_ci(0.975, method="exact")
+    mine = binomtest(0, 7).proportion_ci(0.975, method="exact")
+    assert got.difference.low == pytest.approx(-odd.high)
+    assert got.difference.high == pytest.approx(odd.low * (2 * mine.high - 1))
+    assert got.difference.high < 0
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.03, 0.01), (0.4, 0.1), (0.1, 0.1)])
+def test_the_interval_of_the_difference_covers_the_truth(before, after):
+    rng, hits = np.random.default_rng(6), 0
+    for _ in range(200):
+        easy = np.repeat(rng.beta(0.5, 0.5, 60), 3)  # seeds of one prompt are alike
+        first, second = (rng.random(180) < 2 * rate * easy for rate in (before, after))
+        got = paired(first, second, np.repeat(np.arange(60), 3)).difference
+        hits += got.low <= before - after <= got.high
+    assert hits / 200 >= 0.95
+
+
 def test_pairs_must_match():
     with pytest.raises(InvalidInput, match="same pairs twice"):
         mcnemar(np.zeros(2), np.zeros(3))

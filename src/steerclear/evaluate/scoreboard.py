@@ -209,7 +209,7 @@ def scoreboard(
         sizes={kind: _size(select(base, kinds=(kind,))) for kind in kinds},
         columns=columns,
         rows=tuple(_row(name, arm, columns) for name, arm in arms.items()),
-        comparisons=tuple(_comparisons(arms, judge, (reference, *against), unsafe, confidence)),
+        comparisons=tuple(_comparisons(arms, judge, tuple(dict.fromkeys((reference, *against))), unsafe, confidence)),
         categories=_categories(arms, judge, unsafe, confidence),
         notes=tuple(_notes(arms, metrics)),
     )
@@ -274,14 +274,14 @@ def _row(name: str, arm: Records, columns: tuple[Column, ...]) -> Row:
 def _comparisons(
     arms: Mapping[str, Records], judge: str, others: Sequence[str], unsafe: tuple[str, ...], confidence: float
 ) -> Iterable[Comparison]:
+    """Every arm against each of the others, each pair once."""
     outcomes = {"unsafe": ("unsafe", unsafe), "on-prompt": ("expected", ("benign",))}
     for outcome, (column, kinds) in outcomes.items():
         parts = {name: select(arm, kinds=kinds) for name, arm in arms.items() if kinds}
-        for other in dict.fromkeys(others):
-            for name, part in parts.items():
-                if name != other:
-                    test = _paired(part, parts[other], f"{judge}/{column}", confidence)
-                    yield Comparison(arm=name, against=other, outcome=outcome, kinds=kinds, test=test)
+        for position, other in enumerate(others):
+            for name in (name for name in parts if name not in others[: position + 1]):
+                test = _paired(parts[name], parts[other], f"{judge}/{column}", confidence)
+                yield Comparison(arm=name, against=other, outcome=outcome, kinds=kinds, test=test)
 
 
 def _paired(first: Records, second: Records, column: str, confidence: float) -> Paired:

@@ -115,16 +115,13 @@ def sign_flip(differences: NDArray[Any]) -> float:
 
 
 def paired(first: NDArray[Any], second: NDArray[Any], prompts: NDArray[Any], *, confidence: float = 0.95) -> Paired:
-    r"""Compares two arms picture by picture.
-
-    The difference of the rates is :math:`b/n - c/n`; each of the two gets a clustered interval at half the error, so
-    that their difference is covered with at least ``confidence`` and never looks certain for want of disagreement.
+    """Compares two arms picture by picture.
 
     Args:
         first: 0 or 1 per pair.
         second: The same pairs under the other guard.
         prompts: Label of each pair's prompt.
-        confidence: Coverage of the interval of the difference.
+        confidence: Coverage of the interval of the difference, at least.
 
     Raises:
         InvalidInput: If the shapes differ.
@@ -133,26 +130,35 @@ def paired(first: NDArray[Any], second: NDArray[Any], prompts: NDArray[Any], *, 
     if prompts.shape != first.shape:
         raise InvalidInput(f"paired: expected a prompt for every pair, got {prompts.shape} for {first.shape}")
     names, codes = np.unique(prompts, return_inverse=True)
-    yes, other = first.astype(bool), second.astype(bool)
-    change = np.bincount(codes, weights=yes.astype(np.float64) - other, minlength=len(names)).astype(np.int64)
-    half = (1.0 + confidence) / 2.0
-    only_first = clustered_rate(yes & ~other, prompts, confidence=half)
-    only_second = clustered_rate(~yes & other, prompts, confidence=half)
+    change = first.astype(np.float64) - second.astype(np.float64)
     return Paired(
         b=test.b,
         c=test.c,
         n=test.n,
         prompts=len(names),
         p=test.p,
-        p_prompts=sign_flip(change),
-        difference=difference(only_first, only_second),
+        p_prompts=sign_flip(np.bincount(codes, weights=change, minlength=len(names)).astype(np.int64)),
+        difference=_difference(change, prompts, confidence),
     )
 
 
-def difference(first: Estimate, second: Estimate) -> Estimate:
-    """``first - second`` of two rates on the same observations; misses at most as often as the two together."""
-    if first.n == 0 or second.n == 0:
+def _difference(change: NDArray[np.float64], prompts: NDArray[Any], confidence: float) -> Estimate:
+    r"""First rate minus second, :math:`(b - c)/n = D (2\theta - 1)`.
+
+    D is the share of pairs that disagree, :math:`\theta` the first's share of those. Each gets a clustered interval at
+    half the error, so that both hold with ``confidence``; without disagreement :math:`\theta` is anything, and the
+    difference still does not look certain. The sign is that of :math:`2\theta - 1`, which is what McNemar tests.
+    """
+    if change.size == 0:
         return Estimate.nothing()
+    half, odd = (1.0 + confidence) / 2.0, change != 0
+    share = clustered_rate(odd, prompts, confidence=half)
+    mine = clustered_rate(change[odd] > 0, prompts[odd], confidence=half)
+    low, high = (2 * mine.low - 1, 2 * mine.high - 1) if mine.n else (-1.0, 1.0)
+    value = float(change.mean())
     return Estimate(
-        value=first.value - second.value, low=first.low - second.high, high=first.high - second.low, n=first.n
+        value=value,
+        low=min(value, low * (share.high if low < 0 else share.low)),
+        high=max(value, high * (share.high if high > 0 else share.low)),
+        n=int(change.size),
     )
