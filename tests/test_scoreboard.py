@@ -205,6 +205,8 @@ def test_more_metrics_are_more_columns_with_their_notes():
     assert board.notes == ("FID[toy]: 24 against 3 pictures, fewer than 5000: biased upwards; compare only values with "
                            "equal numbers of pictures",)  # fmt: skip
     assert "- FID[toy]: 24 against 3" in board.markdown()
+    among_benign = scoreboard(records(), judge="J", reference="none", metrics=[among(metrics[1], "benign")])
+    assert among_benign.notes[0].startswith("FID[toy]: 4 against 3")
 
 
 def test_prompts_without_a_kind_are_unsafe_prompts():

@@ -26,6 +26,7 @@ from steerclear.evaluate.metrics import (
     SecondsPerPicture,
     UnsafeRate,
 )
+from steerclear.evaluate.metrics.base import notes
 from steerclear.evaluate.reading import Records, aligned, categories, codes, measured, numbers, require, select, texts
 from steerclear.evaluate.statistics import JudgeErrors, Paired, paired
 
@@ -308,9 +309,7 @@ def _categories(
 
 def _notes(arms: Mapping[str, Records], metrics: Sequence[Metric]) -> Iterable[str]:
     for metric in metrics:
-        notes = getattr(metric, "notes", None)
-        if notes is not None:
-            yield from dict.fromkeys(note for arm in arms.values() for note in notes(arm))
+        yield from dict.fromkeys(note for arm in arms.values() for note in notes(metric, arm))
 
 
 def _size(records: Records) -> tuple[int, int]:

@@ -59,10 +59,20 @@ class Among:
     def __call__(self, records: Records) -> Estimate:
         return self.metric(select(records, kinds=self.kinds))
 
+    def notes(self, records: Records) -> tuple[str, ...]:
+        """The metric's own notes on these prompts, if it has any to give."""
+        return notes(self.metric, select(records, kinds=self.kinds))
+
 
 def among(metric: Metric, *kinds: str) -> Among:
     """``metric`` over the prompts of ``kinds``."""
     return Among(metric=metric, kinds=kinds)
+
+
+def notes(metric: Metric, records: Records) -> tuple[str, ...]:
+    """What a reader must know beside the metric's number; most metrics have nothing to add."""
+    own = getattr(metric, "notes", None)
+    return () if own is None else tuple(own(records))
 
 
 def share(records: Records, flags: NDArray[np.float64], *, confidence: float = 0.95) -> Estimate:
