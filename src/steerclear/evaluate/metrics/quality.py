@@ -105,7 +105,12 @@ STATISTICS = {
         name="recall", function=distances.recall, better="higher", unit="share", enough=1000, warning=_FEW
     ),
     "density": Statistic(
-        name="density", function=distances.density, better="higher", unit="", enough=1000, warning=_FEW
+        name="density",
+        function=distances.density,
+        better="higher",
+        unit="",
+        enough=1000,
+        warning="noisy; read the interval",
     ),
     "coverage": Statistic(
         name="coverage",
