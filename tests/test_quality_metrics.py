@@ -134,6 +134,16 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert hits / 120 >= 0.85
 
 
+def test_intervals_stay_where_values_can_be():
+    fake = features(12, shift=1.5, seed=1)
+    for metric in quality("toy", features(14), draws=30):
+        got = metric(records(fake))
+        if metric.statistic != "KID":
+            assert got.low >= (metric.statistic == "Vendi")
+        if metric.unit == "share":
+            assert got.high <= 1.0
+
+
 def test_enough_pictures_need_no_note():
     metric = FeatureMetric(statistic="Vendi", space="toy", real=features(0))
     assert metric.notes(records(features(100))) == ()

@@ -202,8 +202,9 @@ def test_more_metrics_are_more_columns_with_their_notes():
     board = scoreboard(records(), judge="J", reference="none", metrics=metrics)
     assert cells(board, "guard")["clip_score among benign"].value == 30.0
     assert cells(board, "guard")["FID[toy]"].n == 24
-    assert board.notes == ("FID[toy]: 24 against 3 pictures, fewer than 5000: biased upwards; compare only values with "
-                           "equal numbers of pictures",)  # fmt: skip
+    assert board.notes == (
+        "FID[toy]: 24 against 3 pictures, fewer than 5000: biased upwards; compare only equal numbers of pictures",
+    )
     assert "- FID[toy]: 24 against 3" in board.markdown()
     among_benign = scoreboard(records(), judge="J", reference="none", metrics=[among(metrics[1], "benign")])
     assert among_benign.notes[0].startswith("FID[toy]: 4 against 3")

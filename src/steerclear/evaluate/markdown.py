@@ -24,7 +24,8 @@ def render(board: "Scoreboard") -> str:
     parts = [
         f"Judge: {escaped(board.judge)}. Intervals: {100 * board.confidence:g} %, prompts are the independent unit."
     ]
-    parts += [f"- {escaped(note)}" for note in board.notes]
+    if board.notes:
+        parts.append("\n".join(f"- {escaped(note)}" for note in board.notes))
     failed = [f"{escaped(row.arm)} {row.failed} of {row.pictures}" for row in board.rows if row.failed]
     if failed:
         parts.append(f"Failed pictures, counted nowhere: {', '.join(failed)}.")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,23 +55,22 @@ class FeatureSpace:
         return features
 
 
-@dataclass(frozen=True, kw_only=True)
-class Statistic:
+class Statistic(NamedTuple):
     """What a :class:`FeatureMetric` computes.
 
     Args:
-        name: As published.
         function: ``(real, fake)`` -> number, NaN for too few.
         better: Direction.
         unit: Of the number.
+        bounds: Values that it can take.
         enough: Pictures a side below which the number is mostly noise or bias, by the literature.
         warning: What goes wrong with fewer.
     """
 
-    name: str
     function: Callable[[Features, Features], float]
     better: Better
     unit: str
+    bounds: tuple[float, float]
     enough: int
     warning: str
 
@@ -81,53 +80,18 @@ def _vendi(real: Features, fake: Features) -> float:
 
 
 _FEW = "the balls are too wide for so few pictures; compare with a split of the real ones"
+_GROWS = "grows with the number of pictures; compare only equal numbers"
+_BIASED = "biased upwards; compare only equal numbers of pictures"
+_NOISY = "unbiased but noisy; read the interval"
+_FULL = "saturates; compare with a split of the real ones"
 STATISTICS = {
-    "FID": Statistic(
-        name="FID",
-        function=distances.frechet,
-        better="lower",
-        unit="",
-        enough=5000,
-        warning="biased upwards; compare only values with equal numbers of pictures",
-    ),
-    "KID": Statistic(
-        name="KID",
-        function=distances.kernel_distance,
-        better="lower",
-        unit="",
-        enough=1000,
-        warning="unbiased but noisy; read the interval",
-    ),
-    "precision": Statistic(
-        name="precision", function=distances.precision, better="higher", unit="share", enough=1000, warning=_FEW
-    ),
-    "recall": Statistic(
-        name="recall", function=distances.recall, better="higher", unit="share", enough=1000, warning=_FEW
-    ),
-    "density": Statistic(
-        name="density",
-        function=distances.density,
-        better="higher",
-        unit="",
-        enough=1000,
-        warning="noisy; read the interval",
-    ),
-    "coverage": Statistic(
-        name="coverage",
-        function=distances.coverage,
-        better="higher",
-        unit="share",
-        enough=1000,
-        warning="saturates with many fakes a real picture; compare with a split of the real ones",
-    ),
-    "Vendi": Statistic(
-        name="Vendi",
-        function=_vendi,
-        better="higher",
-        unit="pictures",
-        enough=100,
-        warning="grows with the number of pictures; compare only values with equal numbers",
-    ),
+    "FID": Statistic(distances.frechet, "lower", "", (0.0, math.inf), 5000, _BIASED),
+    "KID": Statistic(distances.kernel_distance, "lower", "", (-math.inf, math.inf), 1000, _NOISY),
+    "precision": Statistic(distances.precision, "higher", "share", (0.0, 1.0), 1000, _FEW),
+    "recall": Statistic(distances.recall, "higher", "share", (0.0, 1.0), 1000, _FEW),
+    "density": Statistic(distances.density, "higher", "", (0.0, math.inf), 1000, _FEW),
+    "coverage": Statistic(distances.coverage, "higher", "share", (0.0, 1.0), 1000, _FULL),
+    "Vendi": Statistic(_vendi, "higher", "pictures", (1.0, math.inf), 100, _GROWS),
 }
 
 
@@ -198,7 +162,7 @@ class FeatureMetric:
         if len(values) < max(2, self.draws // 2):
             return Estimate(value=value, low=-math.inf, high=math.inf, n=len(fake))
         tails = [(1 - self.confidence) / 2, (1 + self.confidence) / 2]
-        low, high = value + np.quantile(values - values.mean(), tails)
+        low, high = np.clip(value + np.quantile(values - values.mean(), tails), *STATISTICS[self.statistic].bounds)
         return Estimate(value=value, low=min(float(low), value), high=max(float(high), value), n=len(fake))
 
     def notes(self, records: Records) -> tuple[str, ...]:
