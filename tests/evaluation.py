@@ -1,9 +1,12 @@
 """A task on a tiny pipeline, small enough to be drawn many times, for the tests of ``evaluate``; also run as a script.
 
-python tests/evaluation.py FOLDER [workers | ray]
+python -m tests.evaluation FOLDER [workers | ray | killed]
 """
 
+import os
+import signal
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +58,7 @@ def prompts():
 
 
 def task(**changes):
-    """Fourteen pictures in each of three arms."""
+    """Fourteen pictures in each of three arms; the judge flags about half of them."""
     arms = (
         Arm(key="none", title="no guard"),
         Arm(key="negative", title="negative prompt", negative_prompt="a dog"),
@@ -72,7 +75,45 @@ def comparable(table):
     return [{name: value for name, value in row.items() if name not in TIMINGS} for row in table.to_pylist()]
 
 
+def killed(folder):
+    """Runs the task in children that are killed with SIGKILL until one comes through; prints how each one ended.
+
+    The first children kill themselves between writing a hidden file and renaming it, at their n-th write; the next
+    are killed from outside, after some time.
+    """
+    for writes, seconds in [*((n, 60.0) for n in (1, 2, 5)), *((0, t) for t in (0.1, 0.3)), (0, 60.0)]:
+        child = os.fork()
+        if child == 0:
+            _die_at(writes)
+            evaluate(task(keep="safe"), folder, pipe=load())
+            os._exit(0)
+        deadline, status = time.monotonic() + seconds, 0
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                deadline = float("inf")
+            time.sleep(0.005)
+        status = os.waitstatus_to_exitcode(done[1])
+        print(status, len(list(folder.glob("parts/[!.]*"))), len(list(folder.rglob(".*.tmp"))), flush=True)
+
+
+def _die_at(writes):
+    """Makes the n-th flush to the disk the last thing that this process does."""
+    flush, left = os.fsync, [writes]
+
+    def fsync(handle):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(handle)
+
+    os.fsync = fsync
+
+
 if __name__ == "__main__":
     folder, *how = sys.argv[1:]
-    settings = {"ray": {"ray": True, "workers": 2}, "workers": {"workers": 2}}[how[0]] if how else {}
-    evaluate(task(), Path(folder), load=load, **settings)
+    if how == ["killed"]:
+        killed(Path(folder))
+    else:
+        settings = {"ray": {"ray": True, "workers": 2}, "workers": {"workers": 2}}[how[0]] if how else {}
+        evaluate(task(keep="safe"), Path(folder), load=load, **settings)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         UnsupportedPipeline,
         UnsupportedScheduler,
     )
+    from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task
     from steerclear.guards import (
         ConditionalRelease,
         Dynamic,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `import steerclear` and `steerclear --help` stay fast.
 _HOME = {
+    "Arm": "evaluate",
     "ConditionalRelease": "guards",
     "DenoiseState": "denoise",
     "Dynamic": "guards",
@@ -43,13 +45,17 @@ _HOME = {
     "GuardNotApplied": "errors",
     "GuardedDenoiser": "denoise",
     "InvalidInput": "errors",
+    "Judge": "evaluate",
     "MissingExtra": "errors",
     "NegationFileError": "errors",
     "NegationMismatch": "errors",
     "NegationSet": "negation",
     "NoiseLevel": "noise",
+    "Prompt": "evaluate",
     "SafeDenoiser": "guards",
+    "Sampling": "evaluate",
     "SteerclearError": "errors",
+    "Task": "evaluate",
     "Trace": "attach",
     "TrackedRelease": "guards",
     "TwoSample": "guards",
@@ -66,6 +72,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Arm",
     "ConditionalRelease",
     "DenoiseState",
     "Dynamic",
@@ -73,13 +80,17 @@ __all__ = [
     "GuardNotApplied",
     "GuardedDenoiser",
     "InvalidInput",
+    "Judge",
     "MissingExtra",
     "NegationFileError",
     "NegationMismatch",
     "NegationSet",
     "NoiseLevel",
+    "Prompt",
     "SafeDenoiser",
+    "Sampling",
     "SteerclearError",
+    "Task",
     "Trace",
     "TrackedRelease",
     "TwoSample",

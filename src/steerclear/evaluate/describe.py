@@ -47,6 +47,14 @@ def describe(value: Any) -> Any:  # noqa: ANN401  (any object, any JSON value)
     return _object(value)
 
 
+def named(value: Any) -> Any:  # noqa: ANN401  (any object, any JSON value)
+    """:func:`describe`, or for an object with parts that cannot be described, the name of its type."""
+    try:
+        return describe(value)
+    except InvalidInput:
+        return {"type": _name(type(value))}
+
+
 def digest(value: Any) -> str:  # noqa: ANN401  (any JSON value)
     """SHA-256 of plain data, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,21 +74,19 @@ def _draw(pipe: Any, sampling: Sampling, arm: Arm, guard: Guard | None, unit: Un
     }
     if arm.negative_prompt is not None:
         call["negative_prompt"] = [arm.negative_prompt] * size
-    trace: Trace | None = None
-    with evaluations(pipe) as rows:
+    guards = () if guard is None else (guard,)
+    guarded = guard is not None or arm.prompts is not None
+    attached = attach(pipe, *guards, prompts=arm.prompts, coupling=arm.coupling) if guarded else nullcontext(Trace())
+    # Counted and timed inside: attaching may check the pipeline's space, once, with a run of its own.
+    with attached as trace, evaluations(pipe) as rows:
         started = time.perf_counter()
-        if guard is None and arm.prompts is None:
-            images = pipe(**call).images
-        else:
-            guards = () if guard is None else (guard,)
-            with attach(pipe, *guards, prompts=arm.prompts, coupling=arm.coupling) as trace:
-                images = pipe(**call).images
+        images = pipe(**call).images
         seconds = time.perf_counter() - started
     return Drawn(
         pictures=_checked(images, size),
-        fired=(None,) * size if guard is None or trace is None else _fired(trace, size),
+        fired=(None,) * size if guard is None else _fired(trace, size),
         seconds=seconds,
-        guard_seconds=0.0 if guard is None or trace is None else trace.guard_seconds,
+        guard_seconds=trace.guard_seconds,
         evaluations=sum(rows),
     )
 

@@ -159,7 +159,7 @@ def _fill(
 
 def _numbers(name: str, value: Any, shape: tuple[int | None, ...]) -> list[Any]:  # noqa: ANN401  (a plug-in's answer)
     """A plug-in's answer as lists of finite numbers, or an error: a broken score must not pass for a score."""
-    numbers = torch.as_tensor(value).detach().float().cpu()
+    numbers = torch.as_tensor(value).detach().double().cpu()
     fits = numbers.ndim == len(shape) and all(s is None or s == n for s, n in zip(shape, numbers.shape, strict=False))
     if not fits or not bool(numbers.isfinite().all()):
         raise SteerclearError(

@@ -143,13 +143,14 @@ def plan_of(task: Task, pipe: Any, guards: dict[str, Guard | None]) -> dict[str,
         InvalidInput: If an arm or a judge cannot be described; see :class:`steerclear.evaluate.task.Arm`.
     """
     sampling = {**asdict(task.sampling), "call": describe.describe(task.sampling.call)}
+    name = Path(task.model).name if Path(task.model).is_dir() else task.model
     common = {
         "format": FORMAT,
-        "model": {"name": task.model, **describe.model(pipe)},
+        "model": {"name": name, **describe.model(pipe)},
         "sampling": sampling,
         "judges": {name: _judge(judge) for name, judge in task.judges.items()},
-        "features": {name: describe.describe(feature) for name, feature in task.features.items()},
-        "scorers": {name: describe.describe(scorer) for name, scorer in task.scorers.items()},
+        "features": {name: describe.named(feature) for name, feature in task.features.items()},
+        "scorers": {name: describe.named(scorer) for name, scorer in task.scorers.items()},
         "redact": task.redact,
         "keep": task.keep,
     }
@@ -163,6 +164,7 @@ def plan_of(task: Task, pipe: Any, guards: dict[str, Guard | None]) -> dict[str,
         "pictures": len(task.pairs),
         "seeds": list(task.seeds),
         "prompts": prompts,
+        "notes": describe.describe(task.notes),
         "versions": versions(pipe),
     }
 
@@ -201,8 +203,8 @@ def _version(package: str) -> str:
 
 
 def _judge(judge: Judge) -> dict[str, Any]:
-    detector = judge.spec or describe.describe(judge.detector)
-    return {"detector": describe.describe(detector), "rule": describe.describe(judge.rule)}
+    spec = describe.describe(judge.spec)
+    return {"spec": spec, "detector": _built(judge.detector, spec), "rule": describe.describe(judge.rule)}
 
 
 def _arm(arm: Arm, guard: Guard | None) -> dict[str, Any]:
@@ -218,14 +220,9 @@ def _arm(arm: Arm, guard: Guard | None) -> dict[str, Any]:
     return {"key": arm.key, "title": arm.name, "shown": shown, "content": {"spec": spec, **does}}
 
 
-def _built(value: Any, spec: dict[str, Any]) -> Any:  # noqa: ANN401  (a guard or prompt guard, JSON)
-    """A description; a spec vouches for what has none."""
-    try:
-        return describe.describe(value)
-    except InvalidInput:
-        if not spec:
-            raise
-        return "as in spec"
+def _built(value: Any, spec: dict[str, Any]) -> Any:  # noqa: ANN401  (a guard, prompt guard or judge, JSON)
+    """A description; with a spec beside it, the name of a type will do."""
+    return describe.named(value) if spec else describe.describe(value)
 
 
 def _prompt(prompt: Prompt, *, redact: bool) -> dict[str, Any]:

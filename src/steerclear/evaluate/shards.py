@@ -92,7 +92,7 @@ def evaluate(
         )
     path = Path(folder)
     units = (shard or Shard.from_environment()).of(len(task.units))
-    RunFolder(path).clean(units)
+    RunFolder(path).clean(units, len(task.units))
     load = load or loader(task)
     if ray:
         return _on_ray(task, path, load, units, workers, progress)
@@ -161,6 +161,7 @@ def _in_processes(task: Task, folder: Path, load: Load, units: list[int], worker
 
 
 def _on_ray(task: Task, folder: Path, load: Load, units: list[int], workers: int, progress: Progress) -> int:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         data: Any = import_module("ray.data")
     except ImportError as error:

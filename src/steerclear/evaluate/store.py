@@ -8,7 +8,7 @@ the disk and renamed, after its pictures: a kill at any moment loses at most the
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,15 @@ class RunFolder:
         if not target.is_file() or target.read_bytes() != data:
             write_atomic(target, data)
 
-    def clean(self, units: Iterable[int]) -> None:
-        """Removes hidden files that a killed run left behind for these units, which nobody else may be drawing."""
+    def clean(self, units: Collection[int], of: int) -> None:
+        """Removes hidden files that a killed run left behind for these units, which nobody else may be drawing.
+
+        What belongs to the whole run goes if all units, ``of`` there are, are given: then there is nobody else.
+        """
         mine = {f".{unit:06d}-" for unit in units}
+        if len(units) == of:
+            for stale in (*self.path.glob(".task.json.*.tmp"), *self.path.glob(".records.parquet.*.tmp")):
+                stale.unlink(missing_ok=True)
         for pattern in ("parts/.*.tmp", "images/*/.*.tmp"):
             for stale in self.path.glob(pattern):
                 if stale.name[:8] in mine:

@@ -134,7 +134,7 @@ class Task:
 
     Args:
         model: A shipped model, a local folder, or a hub id; a name for the report when the pipeline is passed in.
-        prompts: What to draw; equal ones (all fields) once.
+        prompts: What to draw. A prompt that a published set lists twice counts twice, as it does in the papers.
         arms: Rows of the table; the first is the reference.
         judges: By name; the name begins the judge's columns.
         seeds: One picture per prompt and seed, for prompts without a seed of their own.
@@ -143,6 +143,7 @@ class Task:
         scorers: Scores of a picture and its prompt, by column name.
         redact: Leave the prompts' text out of every file; their hashes identify them.
         keep: Which pictures are written: ``"none"``; ``"safe"``, those that no judge flags; ``"all"``.
+        notes: Plain data for readers of the run, such as the rows that a prompt set dropped; decides nothing.
 
     Raises:
         InvalidInput: For an empty or repeated part, a column name that is taken, a negative prompt without
@@ -159,6 +160,7 @@ class Task:
     scorers: Mapping[str, Scorer] = field(default_factory=dict[str, Scorer])
     redact: bool = True
     keep: Keep = "safe"
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         if not (self.prompts and self.arms and self.seeds):
@@ -194,7 +196,7 @@ class Task:
     def pairs(self) -> tuple[tuple[Prompt, int], ...]:
         """Every prompt with every seed, in order."""
         rows = ((p, seed) for p in self.prompts for seed in (self.seeds if p.seed is None else (p.seed,)))
-        return tuple(dict.fromkeys(rows))
+        return tuple(rows)
 
     @property
     def units(self) -> tuple[Unit, ...]:

@@ -9,6 +9,7 @@ import click
 
 from steerclear import __version__
 from steerclear.app.cli.demo import demo
+from steerclear.app.cli.evaluate import evaluate
 from steerclear.app.cli.generate import generate
 from steerclear.app.cli.models import models
 from steerclear.app.cli.negate import negate
@@ -48,6 +49,8 @@ Start here:
   steerclear generate "a drink"          one guarded picture
   steerclear negate build bad/ -o bad.safetensors
                                          make your own negation set from a folder
+  steerclear evaluate run task.yaml -o run
+                                         compare guards, with numbers that can be believed
 \b
 Every command has its own --help with examples.""",
 )
@@ -57,5 +60,5 @@ def main(debug: bool) -> None:
     """Make diffusion models steer clear of unwanted content while they draw, without retraining."""
 
 
-for command in (demo, generate, negate, models):
+for command in (demo, generate, negate, evaluate, models):
     main.add_command(command)

@@ -1,0 +1,286 @@
+"""From a YAML file to a task, and from a finished run to its files. Guards, judges and prompt sets have names here.
+
+Everything in the file is data: nothing is imported or run because the file says so, and files that it names must lie
+below its own folder.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from steerclear import detect, zoo
+from steerclear.app.checked import listed, mapping, names, number, optional, typed
+from steerclear.app.guards import GuardChoice, build
+from steerclear.app.prompts import negative_prompt
+from steerclear.attach.coupling import COUPLINGS, Coupling
+from steerclear.detect import Thresholds
+from steerclear.errors import InvalidInput
+from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task, prompt_sets, rate, records
+from steerclear.evaluate.prompt_file import Selection, first, read_prompts, read_yaml
+from steerclear.evaluate.store import RunFolder, write_atomic
+from steerclear.evaluate.task import Feature, Scorer
+from steerclear.guards.base import Guard, chain
+from steerclear.zoo.policies import concepts
+
+T = TypeVar("T")
+LARGEST = 2**20  # bytes of a task file
+POLICIES = "policies"  # as a value: what the shipped policies say
+SETS = {"emoji": Path(zoo.__file__).parent / "prompts.yaml"}
+"""Prompt files that ship."""
+
+
+def recommended(pipe: Any, policies: Sequence[str], strength: float | None = None) -> Guard:  # noqa: ANN401
+    """Conditional release as shipped."""
+    return zoo.guard(policies, strength=strength)
+
+
+def safe_denoiser(pipe: Any, policies: Sequence[str], strength: float | None = None) -> Guard:  # noqa: ANN401
+    """The plain two-sample Safe Denoiser over the shipped policies."""
+    return zoo.safe_denoiser(policies, strength=strength)
+
+
+def own(
+    pipe: Any,  # noqa: ANN401
+    negation: Path,
+    safe: Path | None = None,
+    method: str = "safe-denoiser",
+    strength: float | None = None,
+    bandwidth: float | None = None,
+    prior: float | None = None,
+) -> Guard:
+    """A guard over the user's own negation set, as ``steerclear generate --negation`` makes it."""
+    choice = GuardChoice(
+        kinds=(method,), negations=(negation,), safe=safe, strength=strength, bandwidth=bandwidth, prior=prior
+    )
+    return chain(*build(choice))
+
+
+GUARDS: dict[str, Callable[..., Guard]] = {
+    "recommended": recommended,
+    "safe-denoiser": safe_denoiser,
+    "own": own,
+}
+"""Guards by the ``kind`` of a YAML file: ``(pipe, **settings) -> guard``, module-level so that workers find them."""
+
+FEATURES: dict[str, Callable[[], Feature]] = {}
+"""Feature spaces by name."""
+
+SCORERS: dict[str, Callable[[], Scorer]] = {}
+"""Scorers by name."""
+
+_KEYS = ("model", "policies", "prompts", "seeds", "sampling", "arms", "judges", "features", "scorers", "redact", "keep")
+_FILES = ("negation", "safe")  # settings of guards that name files
+
+
+def read_task(path: Path, limit: int | None = None, model: str | None = None) -> Task:
+    """The task that a YAML file describes; see ``docs/evaluate.md``.
+
+    Args:
+        path: Of at most 1 MiB.
+        limit: At most so many prompts of each kind: for a trial.
+        model: In place of the file's.
+
+    Raises:
+        InvalidInput: For an unknown key (the message lists the known ones), a value of another type or outside its
+            range, or a file outside the task's folder.
+        MissingExtra: If a judge's package is not installed.
+    """
+    return _Reader(path).task(limit, model)
+
+
+class _Reader:
+    """Reads one file; knows where it lies and which policies it is about."""
+
+    def __init__(self, path: Path) -> None:
+        self.base = path.absolute().parent
+        self.content = mapping("task", read_yaml(path, LARGEST), _KEYS, needed=("model", "prompts", "arms"))
+        self.policies = names("policies", self.content.get("policies", list(zoo.policies())))
+
+    def task(self, limit: int | None, model: str | None) -> Task:
+        prompts, notes = self.prompts(self.content["prompts"])
+        given = self.content
+        settings: dict[str, Any] = {name: given[name] for name in ("keep",) if name in given}
+        if "seeds" in given:
+            settings["seeds"] = tuple(typed("seeds", seed, int) for seed in listed("seeds", given["seeds"]))
+        return Task(
+            model=model or self.model(typed("model", given["model"], str)),
+            prompts=tuple(first(prompts, limit)),
+            arms=tuple(self.arm(row) for row in listed("arms", given["arms"])),
+            judges=self.judges(given.get("judges", {})),
+            sampling=sampling(given.get("sampling", {})),
+            features=_chosen("features", given.get("features", []), FEATURES),
+            scorers=_chosen("scorers", given.get("scorers", []), SCORERS),
+            redact=typed("redact", given.get("redact", True), bool),
+            notes=notes,
+            **settings,
+        )
+
+    def model(self, name: str) -> str:
+        """A shipped model or hub id stays; a folder beside the file becomes its path."""
+        if name in {model.name for model in zoo.shipped()} or not (self.base / name).is_dir():
+            return name
+        return str(self.file(name))
+
+    def prompts(self, value: Any) -> tuple[tuple[Prompt, ...], dict[str, Any]]:  # noqa: ANN401  (whatever YAML holds)
+        if isinstance(value, list):
+            return Selection().of(cast("list[Mapping[str, Any]]", value), ""), {}
+        row = mapping("prompts", value, ("file", "set", "protocol", "count", "half", "kinds", "categories", "limit"))
+        name = optional("prompts: set", row.get("set"), str)
+        if name is not None and name in prompt_sets.PUBLISHED:
+            return self.published(name, row)
+        selection = Selection(
+            half=optional("half", row.get("half"), str),
+            kinds=names("kinds", row.get("kinds", [])),
+            categories=names("categories", row.get("categories", [])),
+            limit=optional("limit", row.get("limit"), int),
+        )
+        if (name is None) == ("file" not in row) or (name is not None and name not in SETS):
+            known = ", ".join([*SETS, *prompt_sets.PUBLISHED])
+            raise InvalidInput(f"prompts: expected a file or a set ({known}), got {', '.join(map(str, row)) or 'none'}")
+        path = SETS[name] if name is not None else self.file(row["file"])
+        return read_prompts(path, selection, source=name or ""), {}
+
+    def published(self, name: str, row: Mapping[str, Any]) -> tuple[tuple[Prompt, ...], dict[str, Any]]:
+        """A public prompt set from the user's file, with what was dropped as a note."""
+        row = mapping(f"prompts: {name}", dict(row), ("set", "file", "protocol", "count", "limit"), needed=("file",))
+        extra = {key: row[key] for key in ("protocol", "count") if key in row}
+        read = prompt_sets.load(name, self.file(row["file"]), **extra)
+        notes = {"set": name, "protocol": read.protocol, "file sha256": read.digest, "dropped": read.dropped}
+        return tuple(first(read.prompts, optional("limit", row.get("limit"), int))), {"prompts": notes}
+
+    def arm(self, value: Any) -> Arm:  # noqa: ANN401  (whatever YAML holds)
+        row = mapping("arm", value, ("key", "title", "negative_prompt", "guard", "coupling"), needed=("key",))
+        key = typed("arm: key", row["key"], str)
+        negative = optional(f"arm {key}: negative_prompt", row.get("negative_prompt"), str)
+        shown: dict[str, Any] = {}
+        maker = None
+        if negative is not None:
+            negative = negative_prompt(self.policies) if negative == POLICIES else negative
+            shown["negative_prompt"] = negative
+        if "guard" in row:
+            maker, shown["guard"] = self.guard(key, row["guard"])
+        return Arm(
+            key=key,
+            title=typed(f"arm {key}: title", row.get("title", ""), str),
+            maker=maker,
+            negative_prompt=negative,
+            coupling=_coupling(f"arm {key}: coupling", row.get("coupling", "score")),
+            spec=shown,
+        )
+
+    def guard(self, key: str, value: Any) -> tuple[Callable[[Any], Guard], dict[str, Any]]:  # noqa: ANN401
+        """What makes the guard, and how the records show it."""
+        if not isinstance(value, dict) or (kind := cast("dict[str, Any]", value).get("kind")) not in GUARDS:
+            raise InvalidInput(f"arm {key}: expected a guard with kind one of {', '.join(GUARDS)}, got {value!r}")
+        takes = list(inspect.signature(GUARDS[kind]).parameters)[1:]
+        row = dict(mapping(f"arm {key}: guard {kind}", cast("dict[str, Any]", value), ("kind", *takes)))
+        if "policies" in takes:
+            row["policies"] = list(names("policies", row.get("policies", list(self.policies))))
+            for name in row["policies"]:
+                concepts(name)
+        settings = {name: self.file(item) if name in _FILES else item for name, item in row.items() if name != "kind"}
+        try:
+            inspect.signature(GUARDS[kind]).bind(None, **settings)
+        except TypeError as error:
+            raise InvalidInput(f"arm {key}: guard {kind}: {error}") from error
+        return partial(GUARDS[kind], **settings), row
+
+    def judges(self, value: Any) -> dict[str, Judge]:  # noqa: ANN401  (whatever YAML holds)
+        return {name: self.judge(name, row) for name, row in mapping("judges", value).items()}
+
+    def judge(self, name: str, value: Any) -> Judge:  # noqa: ANN401  (whatever YAML holds)
+        keys = ("detector", "unsafe", "threshold", "settings")
+        row = mapping(f"judge {name}", value, keys, needed=("detector", "unsafe"))
+        labels = (
+            [concept for policy in self.policies for concept in concepts(policy)]
+            if row["unsafe"] == POLICIES
+            else names(f"judge {name}: unsafe", row["unsafe"])
+        )
+        threshold = row.get("threshold", 0.5)
+        detector = typed(f"judge {name}: detector", row["detector"], str)
+        settings = mapping(f"judge {name}: settings", row.get("settings", {}))
+        return Judge(
+            detector=detect.load(detector, **settings),
+            spec={"detector": detector, "settings": settings},
+            rule=Thresholds(unsafe=frozenset(labels), threshold=number(f"judge {name}: threshold", threshold)),
+        )
+
+    def file(self, name: Any) -> Path:  # noqa: ANN401  (whatever YAML holds)
+        """A file below the task's folder."""
+        path = (self.base / typed("file", name, str)).resolve()
+        if not path.is_relative_to(self.base.resolve()):
+            raise InvalidInput(f"file: expected a path below {self.base}, got {name!r}; copy the file there")
+        return path
+
+
+def sampling(value: Any) -> Sampling:  # noqa: ANN401  (whatever YAML holds)
+    """The settings under ``sampling:``.
+
+    Raises:
+        InvalidInput: For an unknown key, another type, or a value outside its range.
+    """
+    row = mapping("sampling", value, ("steps", "cfg", "batch", "scheduler", "threads", "call"))
+    whole = {name: typed(f"sampling: {name}", row[name], int) for name in ("steps", "batch", "threads") if name in row}
+    rest: dict[str, Any] = {"cfg": number("sampling: cfg", row["cfg"])} if "cfg" in row else {}
+    if "call" in row:
+        rest["call"] = dict(mapping("sampling: call", row["call"]))
+    return Sampling(**whole, **rest, scheduler=optional("sampling: scheduler", row.get("scheduler"), str))
+
+
+def finish(folder: Path) -> dict[str, Path]:
+    """Writes what a finished run adds up to, and says where: ``{"records": .../records.parquet}``.
+
+    Raises:
+        InvalidInput: If the folder holds no run, or an unfinished one.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = records(folder)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    target = folder / "records.parquet"
+    write_atomic(target, sink.getvalue().to_pybytes())
+    return {"records": target}
+
+
+def summary(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of a table for the terminal, of what is there: per arm, and per judge and kind the unsafe share."""
+    from steerclear.evaluate.reading import numbers, select
+
+    task, found = RunFolder(folder).task(), records(folder, partial=True)
+    kinds = list(dict.fromkeys(prompt["kind"] for prompt in task["prompts"]))
+    judges = list(task["common"]["judges"])
+    columns = [(judge, kind) for judge in judges for kind in kinds]
+    plural = len(judges) > 1
+    unsafe = [f"unsafe {kind}".strip() + (f" ({judge})" if plural else "") for judge, kind in columns]
+    head = ("arm", "pictures", *unsafe, "identical", "s/picture", "evaluations")
+    rows: list[tuple[str, ...]] = []
+    for arm in task["arms"]:
+        mine = select(found, arm=arm["key"])
+        shares = [_share(numbers(select(mine, kinds=[kind]), f"{judge}/unsafe")) for judge, kind in columns]
+        costs = [f"{numbers(mine, name).mean():.3g}" if mine.num_rows else "–" for name in ("seconds", "evaluations")]
+        rows.append((arm["title"], str(mine.num_rows), *shares, _share(numbers(mine, "identical")), *costs))
+    return head, rows
+
+
+def _share(values: Any) -> str:  # noqa: ANN401  (float array, NaN where nobody judged)
+    known = values[~np.isnan(values)]
+    return rate(int(known.sum()), len(known)).percent()
+
+
+def _coupling(what: str, value: Any) -> Coupling:  # noqa: ANN401  (whatever YAML holds)
+    if value not in COUPLINGS:
+        raise InvalidInput(f"{what}: expected one of {', '.join(COUPLINGS)}, got {value!r}")
+    return value
+
+
+def _chosen(what: str, value: Any, known: Mapping[str, Callable[[], T]]) -> dict[str, T]:  # noqa: ANN401
+    wanted = names(what, value)
+    if unknown := [name for name in wanted if name not in known]:
+        raise InvalidInput(f"{what}: expected names among {', '.join(known) or 'none'}; got {', '.join(unknown)}")
+    return {name: known[name]() for name in wanted}
