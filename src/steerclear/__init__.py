@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from steerclear.attach import Trace, apply_guard, attach, remove_guard
+    from steerclear.attach import Trace, apply_guard, attach, remove_guard, see
     from steerclear.denoise import DenoiseState, GuardedDenoiser
     from steerclear.errors import (
         GuardNotApplied,
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         Dynamic,
         Guard,
         SafeDenoiser,
+        Seen,
+        SeenReferences,
         TrackedRelease,
         TwoSample,
         chain,
@@ -54,6 +56,8 @@ _HOME = {
     "Prompt": "evaluate",
     "SafeDenoiser": "guards",
     "Sampling": "evaluate",
+    "Seen": "guards",
+    "SeenReferences": "guards",
     "SteerclearError": "errors",
     "Task": "evaluate",
     "Trace": "attach",
@@ -68,6 +72,7 @@ _HOME = {
     "during": "guards",
     "load": "zoo",
     "remove_guard": "attach",
+    "see": "attach",
     "when": "guards",
 }
 
@@ -89,6 +94,8 @@ __all__ = [
     "Prompt",
     "SafeDenoiser",
     "Sampling",
+    "Seen",
+    "SeenReferences",
     "SteerclearError",
     "Task",
     "Trace",
@@ -104,6 +111,7 @@ __all__ = [
     "during",
     "load",
     "remove_guard",
+    "see",
     "when",
 ]
 

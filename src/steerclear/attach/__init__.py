@@ -12,6 +12,7 @@ from steerclear.attach.api import Pipeline, PromptGuard, apply_guard, attach, re
 from steerclear.attach.coupling import Coupling
 from steerclear.attach.space import PipelineEncoder, encoder_of
 from steerclear.attach.trace import CallRecord, StepRecord, Trace
+from steerclear.attach.walk import see, walk
 from steerclear.guards.base import Guard
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "attach",
     "encoder_of",
     "remove_guard",
+    "see",
     "suspended",
+    "walk",
 ]
 
 

@@ -5,6 +5,7 @@ from steerclear.guards.calibration import Calibration, calibrate
 from steerclear.guards.conditional_release import ConditionalRelease
 from steerclear.guards.published import PublishedLoop
 from steerclear.guards.safe_denoiser import SafeDenoiser
+from steerclear.guards.seen import Seen, SeenReferences
 from steerclear.guards.subspace import Subspace
 from steerclear.guards.tracked_release import TrackedRelease
 from steerclear.guards.weights import Dynamic, Gate, TwoSample, Weight
@@ -18,6 +19,8 @@ __all__ = [
     "PublishedLoop",
     "Requires",
     "SafeDenoiser",
+    "Seen",
+    "SeenReferences",
     "Subspace",
     "TrackedRelease",
     "TwoSample",

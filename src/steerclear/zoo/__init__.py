@@ -5,17 +5,29 @@
 """
 
 from steerclear.zoo.models import ShippedModel, load, quiet, shipped, use_scheduler
-from steerclear.zoo.policies import Policy, guard, policies, policy, safe_denoiser
+from steerclear.zoo.policies import (
+    Policy,
+    guard,
+    joined,
+    latent_weight,
+    policies,
+    policy,
+    safe_denoiser,
+    seen_weight,
+)
 
 __all__ = [
     "Policy",
     "ShippedModel",
     "guard",
+    "joined",
+    "latent_weight",
     "load",
     "policies",
     "policy",
     "quiet",
     "safe_denoiser",
+    "seen_weight",
     "shipped",
     "use_scheduler",
 ]

@@ -3,9 +3,12 @@
 They live in ``policies/``: one negation set per policy, a safe reference set, and ``policies.json``, written by the
 recipe that made them::
 
-    {"weapons": {"file": "weapons.safetensors", "safe": "safe.safetensors", "concepts": ["dagger", ...],
-                 "settings": {"weight": {"bandwidth": 4.0, ...}, "release": {"strength": 1.5, "gate": 0.3},
-                              "safe_denoiser": {"max_beta": 4.0, ...}}}, ...}
+    {"weapons": {"file": "weapons.safetensors", "safe": "safe.safetensors", "seen": "seen.safetensors",
+                 "concepts": ["dagger", ...],
+                 "settings": {"weight": {"bandwidth": 4.0, ...}, "seen": {"width": 0.3, "offset": -1.9, ...},
+                              "release": {"strength": 1.0, "gate": 0.5}, "safe_denoiser": {"max_beta": 4.0, ...}}}, ...}
+
+``seen`` may be missing: then evidence comes from clean latents.
 """
 
 import json
@@ -19,6 +22,7 @@ from steerclear.errors import InvalidInput, NegationFileError
 
 if TYPE_CHECKING:
     from steerclear.guards.base import Guard
+    from steerclear.guards.seen import Seen, SeenReferences
     from steerclear.guards.weights import TwoSample
     from steerclear.negation import NegationSet
 
@@ -34,6 +38,7 @@ class Policy:
         concepts: What it covers, as the model and the judge name it.
         negation: Pictures to steer away from.
         safe: Pictures to go on drawing.
+        seen: Both as the shipped model denoises them, if that was recorded.
         settings: Calibrated for the shipped model; what the guards below read.
     """
 
@@ -42,6 +47,7 @@ class Policy:
     negation: "NegationSet"
     safe: "NegationSet"
     settings: Mapping[str, Any]
+    seen: "SeenReferences | None" = None
 
 
 def policies() -> tuple[str, ...]:
@@ -69,6 +75,7 @@ def policy(name: str) -> Policy:
         negation=_set(entry["file"]),
         safe=_set(entry["safe"]),
         settings=entry.get("settings", {}),
+        seen=_seen(entry["seen"]) if "seen" in entry else None,
     )
 
 
@@ -94,26 +101,58 @@ def safe_denoiser(names: str | Iterable[str], *, strength: float | None = None) 
 
 
 def recommended(policy: Policy) -> "Guard":
-    """Conditional release with the policy's settings. The one place to change when a better guard is found."""
+    """Conditional release to the nearest safe prompt. The one place to change when a better guard is found."""
     from steerclear.guards import ConditionalRelease
 
-    return ConditionalRelease(negation=policy.negation, weight=_weight(policy), **policy.settings.get("release", {}))
+    settings = policy.settings.get("release", {})
+    if policy.seen is None:
+        return ConditionalRelease(negation=policy.negation, weight=latent_weight(policy), **settings)
+    weight = seen_weight(policy)
+    return ConditionalRelease(negation=policy.negation, weight=weight, fallback=weight.substitute, **settings)
 
 
 def plain(policy: Policy) -> "Guard":
-    """The two-sample Safe Denoiser with the same weight."""
+    """The two-sample Safe Denoiser with evidence from clean latents."""
     from steerclear.guards import SafeDenoiser
 
-    return SafeDenoiser(negation=policy.negation, weight=_weight(policy), **policy.settings.get("safe_denoiser", {}))
+    weight = latent_weight(policy)
+    return SafeDenoiser(negation=policy.negation, weight=weight, **policy.settings.get("safe_denoiser", {}))
 
 
-def _weight(policy: Policy) -> "TwoSample":
+def seen_weight(policy: Policy) -> "Seen":
+    """Evidence against the references as the model denoises them.
+
+    Raises:
+        InvalidInput: If the policy has none.
+    """
+    from steerclear.guards import Seen
+
+    if policy.seen is None:
+        raise InvalidInput(f"policy {policy.name}: expected references seen through the model, got none; use guard()")
+    references = policy.seen.only(frozenset(policy.concepts), frozenset(policy.safe.labels))
+    return Seen(references=references, **policy.settings.get("seen", {}))
+
+
+def latent_weight(policy: Policy) -> "TwoSample":
+    """Evidence against the references themselves, in principal components."""
     from steerclear.guards import Subspace, TwoSample
 
     settings = dict(policy.settings.get("weight", {}))
     components = settings.pop("components", None)
     subspace = Subspace.principal(policy.negation, policy.safe, components) if components else None
     return TwoSample(safe=policy.safe, subspace=subspace, **settings)
+
+
+def joined(names: str | Iterable[str]) -> Policy:
+    """Policies of equal settings as one.
+
+    Raises:
+        InvalidInput: Without a name, for an unknown one, or for policies that differ in their settings.
+    """
+    merged = _merged(names, None)
+    if len(merged) > 1:
+        raise InvalidInput(f"policies: expected equal settings, got {', '.join(each.name for each in merged)}")
+    return merged[0]
 
 
 def _chained(guards: list["Guard"]) -> "Guard":
@@ -131,7 +170,7 @@ def _merged(names: str | Iterable[str], strength: float | None) -> list[Policy]:
     groups: dict[str, list[str]] = {}
     for name in wanted:
         entry = _entry(name)
-        key = json.dumps([entry["safe"], entry.get("settings", {})], sort_keys=True)
+        key = json.dumps([entry["safe"], entry.get("seen"), entry.get("settings", {})], sort_keys=True)
         groups.setdefault(key, []).append(name)
     return [_joined([policy(name) for name in group], override) for group in groups.values()]
 
@@ -146,6 +185,7 @@ def _joined(group: list[Policy], override: Mapping[str, Any]) -> Policy:
         concepts=tuple(concept for each in group for concept in each.concepts),
         negation=negation,
         safe=first.safe,
+        seen=first.seen,
         settings={
             **first.settings,
             **{part: {**first.settings.get(part, {}), **override} for part in ("release", "safe_denoiser")},
@@ -170,6 +210,13 @@ def _table() -> dict[str, dict[str, Any]]:
     except ValueError as error:
         raise NegationFileError(f"policies: expected JSON in {path}, got {error}; reinstall steerclear") from error
     return table
+
+
+@cache
+def _seen(file: str) -> "SeenReferences":
+    from steerclear.guards import SeenReferences
+
+    return SeenReferences.load(ROOT / file)
 
 
 @cache
