@@ -1,0 +1,253 @@
+"""References as the model denoises them: the walk along noised references, the evidence, the prompt obeyed instead."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+from steerclear import ConditionalRelease, NegationSet, Seen, SeenReferences, see
+from steerclear.attach.api import attach
+from steerclear.attach.space import encoder_of
+from steerclear.attach.walk import Walk, walk
+from steerclear.denoise import DenoiseState
+from steerclear.errors import InvalidInput, NegationFileError
+from steerclear.negation import Space
+from steerclear.noise import NoiseLevel
+from steerclear.testing.pipelines import tiny_call, tiny_pipeline
+
+LEVELS = [-2.0, 0.0, 2.0]
+LABELS = ("axe", "axe", "bomb", "apple", "pear", "pear")
+
+
+def made(components=4, seed=0):
+    estimates = torch.randn(3, 6, 2, 3, generator=torch.Generator().manual_seed(seed))
+    captions = [f"a {label}" for label in LABELS]
+    unsafe = frozenset({"axe", "bomb"})
+    references = SeenReferences.of(
+        LEVELS, estimates, labels=LABELS, captions=captions, unsafe=unsafe, components=components
+    )
+    return references, estimates
+
+
+def at(log_snr):
+    return NoiseLevel(1.0, math.exp(-log_snr))
+
+
+def state_at(log_snr, batch, **more):
+    return DenoiseState(x_t=torch.zeros(batch, 2, 3), level=at(log_snr), step=0, num_steps=3, **more)
+
+
+def by_the_equation(estimates, x, index, width, components):
+    """The module's equation in float64 NumPy, from the raw estimates."""
+    flat = estimates.double().flatten(2).numpy()
+    points = flat.reshape(-1, flat.shape[-1])
+    mean = points.mean(0)
+    basis = np.linalg.svd(points - mean, full_matrices=False)[2][:components].T
+    seen, own = (flat[index] - mean) @ basis, (x.double().flatten(1).numpy() - mean) @ basis
+    names = np.array(LABELS)
+    between = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
+    between[names[:, None] == names[None]] = np.inf
+    spread = np.sort(between.min(1))
+    bandwidth = width * spread[(len(spread) - 1) // 2]  # torch's median is the lower of the two in the middle
+    kernel = np.exp(-(np.linalg.norm(own[:, None] - seen[None], axis=-1) ** 2) / (2 * bandwidth**2))
+    unsafe = np.isin(names, ["axe", "bomb"])
+    return np.log(kernel[:, unsafe].mean(1)) - np.log(kernel[:, ~unsafe].mean(1))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("components", [2, 4])
+def test_log_odds_are_those_of_the_equation(index, components):
+    references, estimates = made(components)
+    x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1))
+    weight = Seen(references=references, width=0.7, slope=2.0, offset=-0.5, prior=0.2)
+    found = weight.evidence(None, x, state_at(LEVELS[index] + 0.3, 5), object())
+    expected = 2.0 * by_the_equation(estimates, x, index, 0.7, components) - 0.5 + math.log(0.2 / 0.8)
+    # float32 distances of order 1 over a squared bandwidth of order 0.5
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_levels_are_found_by_log_snr_whatever_their_order():
+    references, _ = made()
+    assert [references.level(at(value)) for value in (-9.0, -0.9, 0.9, 1.1, 9.0)] == [0, 1, 1, 2, 2]
+    estimates = torch.randn(3, 6, 2, 3, generator=torch.Generator().manual_seed(0))
+    turned = SeenReferences.of(
+        LEVELS[::-1], estimates.flip(0), labels=LABELS, captions=LABELS, unsafe=frozenset({"axe", "bomb"}), components=4
+    )
+    torch.testing.assert_close(turned.log_snr, references.log_snr)
+    torch.testing.assert_close(
+        torch.cdist(turned.points, turned.points), torch.cdist(references.points, references.points)
+    )
+
+
+def test_a_substitute_is_the_nearest_safe_caption_never_an_unsafe_one():
+    references, estimates = made(6)
+    weight = Seen(references=references)
+    assert weight.substitute(estimates[1], state_at(0.0, 6))[3:] == ["a apple", "a pear", "a pear"]
+    assert set(weight.substitute(estimates[1], state_at(0.0, 6))) <= {"a apple", "a pear"}
+
+
+def test_only_keeps_the_named_labels():
+    references, _ = made()
+    fewer = references.only(frozenset({"axe"}), frozenset({"pear"}))
+    assert fewer.labels == ("axe", "axe", "pear", "pear")
+    assert fewer.captions == ("a axe", "a axe", "a pear", "a pear")
+    torch.testing.assert_close(fewer.points, references.points[:, [0, 1, 4, 5]])
+    with pytest.raises(InvalidInput, match="unsafe and safe"):
+        references.only(frozenset({"axe"}), frozenset())
+
+
+def test_saved_references_load_equal_and_other_files_are_refused(tmp_path):
+    references, _ = made()
+    references.save(tmp_path / "seen.safetensors")
+    loaded = SeenReferences.load(tmp_path / "seen.safetensors")
+    assert (loaded.labels, loaded.captions, loaded.unsafe) == (
+        references.labels,
+        references.captions,
+        references.unsafe,
+    )
+    torch.testing.assert_close(loaded.points, references.points, rtol=1e-3, atol=1e-3)
+    space = Space(encoder="pixels", shape=(2,))
+    NegationSet(latents=torch.ones(1, 2), space=space).save(tmp_path / "set.safetensors")
+    for name in ("set.safetensors", "missing.safetensors"):
+        with pytest.raises(NegationFileError, match="expected"):
+            SeenReferences.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_a_walk_stays_on_the_noised_references(scheduler):
+    """x_t = alpha y + sigma epsilon with one epsilon for all steps, so (x_t - alpha y)/sigma never changes."""
+    pipe = tiny_pipeline("sd")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    shape = encoder_of(pipe).space.shape
+    y = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
+    noises, guard = [], Walk(y)
+
+    class Spy:
+        requires = guard.requires
+
+        def __call__(self, denoised, state):
+            noises.append((state.x_t.double() - state.level.alpha * y) / state.level.sigma)
+            return guard(denoised, state)
+
+    with attach(pipe, Spy()):
+        call = {**tiny_call("sd"), "prompt": ["a cat"] * 2, "num_inference_steps": 6, "output_type": "latent"}
+        end = pipe(**{**call, "generator": torch.Generator().manual_seed(3)}).images
+    for noise in noises[1:]:
+        # The first step's own alpha y is missing from pure noise: alpha_T of the tiny schedule times |y| / sigma.
+        torch.testing.assert_close(noise, noises[1], rtol=0, atol=2e-3)
+    torch.testing.assert_close(end, y, rtol=0, atol=2e-2)
+    assert len(guard.estimates) == 6
+    assert guard.log_snr == sorted(guard.log_snr)
+
+
+def test_a_walk_records_the_network_at_the_noised_reference_under_its_caption():
+    pipe = tiny_pipeline("sd")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    space = encoder_of(pipe).space
+    latents = torch.randn(3, *space.shape, generator=torch.Generator().manual_seed(2))
+    references = NegationSet(latents=latents, space=space, labels=("cat", "dog", "cat"))
+    log_snr, estimates = walk(pipe, references, "a {}".format, batch=2, num_inference_steps=4, guidance_scale=3.0)
+    assert estimates.shape == (4, 3, *space.shape)
+
+    k, cumulative = 2, pipe.scheduler.alphas_cumprod.double()
+    pipe.scheduler.set_timesteps(4)
+    t = pipe.scheduler.timesteps[k]
+    alpha, sigma = cumulative[t].sqrt(), (1 - cumulative[t]).sqrt()
+    assert log_snr[k] == pytest.approx(float(alpha.log() - sigma.log()), abs=1e-4)
+    epsilon = torch.cat([torch.randn(1, *space.shape, generator=torch.Generator().manual_seed(n)) for n in range(3)])
+    first = pipe.scheduler.timesteps[0]
+    believed = (epsilon - cumulative[first].sqrt() * latents) / (1 - cumulative[first]).sqrt()
+    x_t = (alpha * latents + sigma * believed).float()
+    text = pipe.encode_prompt(["a cat", "a dog", "a cat"], "cpu", 1, False)[0]
+    with torch.no_grad():
+        output = pipe.unet(x_t, t, encoder_hidden_states=text).sample
+    assert pipe.scheduler.config.prediction_type == "epsilon"
+    expected = (x_t - sigma * output) / alpha
+    torch.testing.assert_close(estimates[k].double(), expected.double(), rtol=2e-2, atol=2e-2)  # stored as float16
+
+
+def test_seeing_needs_labels_and_keeps_unsafe_and_safe_apart():
+    pipe = tiny_pipeline("sd")
+    pipe.set_progress_bar_config(disable=True)
+    space = encoder_of(pipe).space
+    latents = torch.randn(2, *space.shape, generator=torch.Generator().manual_seed(2))
+    bad, good = (
+        NegationSet(latents=latents + k, space=space, labels=labels)
+        for k, labels in enumerate([("axe",) * 2, ("pear",) * 2])
+    )
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0, "components": 2}
+    seen = see(pipe, bad, good, "a {}".format, **call)
+    assert seen.labels == ("axe", "axe", "pear", "pear")
+    assert seen.captions[0] == "a axe"
+    assert seen.unsafe == {"axe"}
+    with pytest.raises(InvalidInput, match="unsafe or safe"):
+        see(pipe, bad, bad, **call)
+    with pytest.raises(InvalidInput, match="a label on every reference"):
+        see(pipe, bad, NegationSet(latents=latents, space=space), **call)
+
+
+class Fixed(Seen):
+    """Evidence that is given, one value per sample."""
+
+    def evidence(self, negation, estimate, state, owner):
+        return state.memory["odds"]
+
+
+def released(strength=1.0, **more):
+    references, estimates = made()
+    space = Space(encoder="pixels", shape=(2, 3))
+    negation = NegationSet(latents=estimates[0, :1], space=space)
+    return ConditionalRelease(
+        negation=negation, weight=Fixed(references=references), strength=strength, gate=0.5, **more
+    )
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 1.5])
+def test_a_released_sample_obeys_the_other_prompt_as_far_as_it_let_go_of_its_own(strength):
+    rng = torch.Generator().manual_seed(4)
+    conditional, unconditional, instead = (torch.randn(3, 2, 3, generator=rng, dtype=torch.float64) for _ in range(3))
+    asked = []
+
+    def denoise(x_t, level, condition=None):
+        asked.append(condition)
+        return instead
+
+    odds = torch.tensor([-3.0, 30.0, 1.0], dtype=torch.float64)
+    guided = unconditional + 4.0 * (conditional - unconditional)
+    guard = released(strength, fallback=lambda estimate, state: ["zero", "one", "two"])
+    state = state_at(
+        0.0,
+        3,
+        branches={"conditional": conditional, "unconditional": unconditional},
+        guidance_scale=4.0,
+        denoise=denoise,
+        memory={"odds": odds},
+    )
+    out = guard(guided, state)
+    assert torch.equal(out[0], guided[0])
+    r = 1.0 - strength * torch.sigmoid(odds).view(-1, 1, 1)
+    expected = unconditional + 4.0 * (
+        r * (conditional - unconditional) + (1.0 - r).clamp(max=1.0) * (instead - unconditional)
+    )
+    torch.testing.assert_close(out[1:], expected[1:])
+    assert asked == [["", "one", "two"]]
+    # What a sample obeys instead is decided once, however its evidence moves.
+    state.memory["odds"] = torch.tensor([30.0, -30.0, -30.0], dtype=torch.float64)
+    guard(guided, state)
+    assert asked[1] == ["zero", "one", "two"]
+
+
+def test_nobody_is_asked_while_no_sample_is_released():
+    def denoise(x_t, level, condition=None):
+        raise AssertionError("no evaluation was needed")
+
+    x = torch.randn(2, 2, 3)
+    branches = {"conditional": x, "unconditional": x * 0.5}
+    memory = {"odds": torch.tensor([-3.0, -0.1])}
+    state = state_at(0.0, 2, branches=branches, guidance_scale=2.0, denoise=denoise, memory=memory)
+    guided = x * 1.5
+    assert torch.equal(released(fallback="a pear")(guided, state), guided)
