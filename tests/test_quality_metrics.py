@@ -134,6 +134,19 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert hits / 120 >= 0.85
 
 
+def test_the_bias_of_halves_does_not_move_the_interval():
+    got = FeatureMetric(statistic="FID", space="toy", real=features(40), draws=40)(records(features(30, seed=1)))
+    assert got.low < got.value < got.high
+
+
+def test_pictures_of_one_prompt_go_into_a_half_together():
+    metric = FeatureMetric(statistic="KID", space="toy", real=features(200), draws=60)
+    fake = np.repeat(features(10, shift=0.3, seed=1), 6, axis=0)
+    together, apart = metric(records(fake, each=6)), metric(records(fake))
+    assert together.value == apart.value
+    assert together.high - together.low > 1.3 * (apart.high - apart.low)
+
+
 def test_intervals_stay_where_values_can_be():
     fake = features(12, shift=1.5, seed=1)
     for metric in quality("toy", features(14), draws=30):

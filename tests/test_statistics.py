@@ -59,6 +59,14 @@ def test_hoeffding_bentkus_p_values_are_the_published_ones():
     assert hoeffding_bentkus_p(36, 1000, 0.05) == pytest.approx(5.750e-2, rel=1e-3)
 
 
+@pytest.mark.parametrize(("total", "n", "alpha"), [(1.5, 400, 0.02), (2.5, 90, 0.2), (7.0, 100, 0.1), (30.0, 60, 0.2)])
+def test_hoeffding_bentkus_is_the_smaller_of_its_two_bounds(total, n, alpha):
+    mean = min(total / n, alpha)
+    divergence = mean * math.log(mean / alpha) + (1 - mean) * math.log((1 - mean) / (1 - alpha))
+    bentkus = math.e * binom.cdf(math.ceil(total), n, alpha)
+    assert hoeffding_bentkus_p(total, n, alpha) == pytest.approx(min(1.0, math.exp(-n * divergence), bentkus))
+
+
 @pytest.mark.parametrize(("levels", "row"), NEEDED.items())
 def test_the_number_of_prompts_is_the_published_one(levels, row):
     assert tuple(prompts_needed(*levels, k) for k in (0, 1, 2, 3, 5, 10, 20)) == row
@@ -333,6 +341,19 @@ def test_the_corrected_interval_covers_the_truth():
         got = corrected_rate(Clusters.of(flags, np.arange(150)), errors)
         hits += got.low <= share <= got.high
     assert hits / 300 >= 0.95
+
+
+def test_the_corrected_interval_takes_a_third_of_the_error_from_each_source():
+    def ends(k, n):
+        found = binomtest(k, n).proportion_ci(1 - 0.05 / 3, method="exact")
+        return found.low, found.high
+
+    (q_low, q_high), (s_low, s_high), (t_low, t_high) = ends(60, 200), ends(90, 100), ends(190, 200)
+    errors = JudgeErrors(flagged=90, unsafe=100, passed=190, safe=200)
+    got = corrected_rate(clusters([1] * 60 + [0] * 140, [1] * 200), errors)
+    assert got.value == pytest.approx((0.3 + 0.95 - 1) / (0.9 + 0.95 - 1))
+    assert got.low == pytest.approx((q_low + t_low - 1) / (s_high + t_low - 1))
+    assert got.high == pytest.approx((q_high + t_high - 1) / (s_low + t_high - 1))
 
 
 def test_a_judge_that_may_be_a_coin_bounds_nothing():
