@@ -1,11 +1,12 @@
-"""From a YAML file to a task, and from a finished run to its files. Guards, judges and prompt sets have names here.
+"""From a YAML file to a task, and from a finished run to its files. Judges and prompt sets have names here,
+guards in ``app/arms.py``.
 
 Everything in the file is data: nothing is imported or run because the file says so, and files that it names must lie
 below its own folder.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,8 +14,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from steerclear import detect, zoo
+from steerclear.app.arms import GUARDS
 from steerclear.app.checked import listed, mapping, names, number, optional, typed
-from steerclear.app.guards import GuardChoice, build
 from steerclear.app.prompts import negative_prompt
 from steerclear.attach.coupling import COUPLINGS, Coupling
 from steerclear.detect import Thresholds
@@ -23,7 +24,7 @@ from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task, prompt_sets,
 from steerclear.evaluate.prompt_file import Selection, first, read_prompts, read_yaml
 from steerclear.evaluate.store import RunFolder, write_atomic
 from steerclear.evaluate.task import Feature, Scorer
-from steerclear.guards.base import Guard, chain
+from steerclear.guards.base import Guard
 from steerclear.zoo.policies import concepts
 
 T = TypeVar("T")
@@ -33,38 +34,8 @@ SETS = {"emoji": Path(zoo.__file__).parent / "prompts.yaml"}
 """Prompt files that ship."""
 
 
-def recommended(pipe: Any, policies: Sequence[str], strength: float | None = None) -> Guard:  # noqa: ANN401
-    """Conditional release as shipped."""
-    return zoo.guard(policies, strength=strength)
-
-
-def safe_denoiser(pipe: Any, policies: Sequence[str], strength: float | None = None) -> Guard:  # noqa: ANN401
-    """The plain two-sample Safe Denoiser over the shipped policies."""
-    return zoo.safe_denoiser(policies, strength=strength)
-
-
-def own(
-    pipe: Any,  # noqa: ANN401
-    negation: Path,
-    safe: Path | None = None,
-    method: str = "safe-denoiser",
-    strength: float | None = None,
-    bandwidth: float | None = None,
-    prior: float | None = None,
-) -> Guard:
-    """A guard over the user's own negation set, as ``steerclear generate --negation`` makes it."""
-    choice = GuardChoice(
-        kinds=(method,), negations=(negation,), safe=safe, strength=strength, bandwidth=bandwidth, prior=prior
-    )
-    return chain(*build(choice))
-
-
-GUARDS: dict[str, Callable[..., Guard]] = {
-    "recommended": recommended,
-    "safe-denoiser": safe_denoiser,
-    "own": own,
-}
-"""Guards by the ``kind`` of a YAML file: ``(pipe, **settings) -> guard``, module-level so that workers find them."""
+RENOISING = frozenset({"safe-denoiser-published", "control-mean-vector", "control-renoise-only"})
+"""Guards of :data:`steerclear.app.arms.GUARDS` that are made for ``coupling="renoise"``; the others for "score"."""
 
 FEATURES: dict[str, Callable[[], Feature]] = {}
 """Feature spaces by name."""
@@ -163,12 +134,14 @@ class _Reader:
             shown["negative_prompt"] = negative
         if "guard" in row:
             maker, shown["guard"] = self.guard(key, row["guard"])
+        guard: dict[str, Any] = shown.get("guard", {})
+        renoises = guard.get("kind") in RENOISING or guard.get("method") == "published"
         return Arm(
             key=key,
             title=typed(f"arm {key}: title", row.get("title", ""), str),
             maker=maker,
             negative_prompt=negative,
-            coupling=_coupling(f"arm {key}: coupling", row.get("coupling", "score")),
+            coupling=_coupling(f"arm {key}: coupling", row.get("coupling", "renoise" if renoises else "score")),
             spec=shown,
         )
 

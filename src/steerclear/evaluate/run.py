@@ -2,11 +2,11 @@
 
 import io
 import json
+import os
 import platform
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -260,6 +260,16 @@ def _scheduler(pipe: Any, name: str | None) -> Generator[None]:  # noqa: ANN401 
             pipe.scheduler = own
 
 
-def loader(task: Task) -> Load:
-    """Loads the task's model by its name."""
-    return partial(zoo.load, task.model)
+def load_model(name: str) -> Any:  # noqa: ANN401  (some diffusers pipeline)
+    """The model of a task on this worker's device, without progress bars of its own."""
+    pipe = zoo.load(name).to(own_device())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def own_device() -> str:
+    """A GPU if there is one: under torchrun, the one of this rank (``LOCAL_RANK``)."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{rank}" if rank.isdecimal() else "cuda"

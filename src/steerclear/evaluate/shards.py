@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from steerclear.errors import InvalidInput, MissingExtra, SteerclearError
-from steerclear.evaluate.run import Engine, Load, Progress, engine, loader, quiet
+from steerclear.evaluate.run import Engine, Load, Progress, engine, load_model, quiet
 from steerclear.evaluate.store import RunFolder
 from steerclear.evaluate.task import Task
 
@@ -68,8 +69,9 @@ def evaluate(
         task: What.
         folder: Of the run; made if need be.
         pipe: The pipeline; only for a single worker.
-        load: Returns the pipeline, once per worker; by default, loads ``task.model``. With several workers it must be a
-            module-level function or a partial of one, and the script needs ``if __name__ == "__main__":``.
+        load: Returns the pipeline, once per worker; by default, loads ``task.model``, to a GPU if there is one. With
+            several workers it must be a module-level function or a partial of one, and the script needs
+            ``if __name__ == "__main__":``.
         workers: Processes, or actors of Ray Data. The rows do not depend on it.
         ray: Use Ray Data (``pip install 'steerclear[ray]'``); the folder must be shared by all machines.
         shard: Draw only these units; by default those of this rank under torchrun, else all.
@@ -93,7 +95,7 @@ def evaluate(
     path = Path(folder)
     units = (shard or Shard.from_environment()).of(len(task.units))
     RunFolder(path).clean(units, len(task.units))
-    load = load or loader(task)
+    load = load or partial(load_model, task.model)
     if ray:
         return _on_ray(task, path, load, units, workers, progress)
     if workers > 1:

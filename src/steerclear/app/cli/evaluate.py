@@ -1,6 +1,5 @@
 """``steerclear evaluate``: prompts x guards x judges, one record per picture, resumable and sharded."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,13 +110,15 @@ def _draw(task: Any, out: Path, rest: dict[str, Any]) -> int:  # noqa: ANN401  (
 
     from steerclear.evaluate import Shard
     from steerclear.evaluate import evaluate as fill
+    from steerclear.evaluate.run import own_device
     from steerclear.evaluate.store import RunFolder
 
     shard = Shard.from_environment()
     mine = [task.units[index] for index in shard.of(len(task.units))]
     batches = [(len(unit.pairs), RunFolder(out).part(unit.index, arm.key)) for unit in mine for arm in task.arms]
     there = sum(pictures for pictures, part in batches if part.is_file())
-    load = partial(options.load, task.model, _device(rest["device"]), rest["dtype"])
+    device = own_device() if rest["device"] == "auto" else rest["device"]
+    load = partial(options.load, task.model, device, rest["dtype"])
     total = sum(pictures for pictures, _ in batches)
     with tqdm(total=total, initial=there, unit="picture", disable=None if shard.index == 0 else True) as bar:
 
@@ -126,14 +127,6 @@ def _draw(task: Any, out: Path, rest: dict[str, Any]) -> int:  # noqa: ANN401  (
             bar.update(pictures)
 
         return fill(task, out, load=load, workers=rest["workers"], ray=rest["ray"], shard=shard, progress=progress)
-
-
-def _device(name: str) -> str:
-    """Under torchrun, each rank of a machine has a GPU of its own."""
-    import torch
-
-    rank = os.environ.get("LOCAL_RANK", "")
-    return f"cuda:{rank}" if name == "auto" and rank.isdecimal() and torch.cuda.is_available() else name
 
 
 def _finish(folder: Path) -> None:
