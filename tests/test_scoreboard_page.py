@@ -217,6 +217,7 @@ def test_marks_say_how_sure_and_which_way():
         (rate(0, 10), "share", ("0 %", "0–30.8")),
         (Estimate(value=1.2345, low=1.0, high=2.0, n=3), "s", ("1.23", "1–2")),
         (Estimate(value=50.0, low=50.0, high=50.0, n=3), "", ("50", "")),
+        (Estimate(value=1.01, low=1.009, high=1.011, n=3), "s", ("1.01", "")),
         (Estimate(value=5.0, low=float("-inf"), high=float("inf"), n=3), "", ("5", "")),
     ],
 )
@@ -398,6 +399,22 @@ def test_figures_are_files_too_and_come_out_the_same_twice(run):
     assert figures.svg(page.charts(seen)["categories"]) == (folder / "figures" / "categories.svg").read_text(
         encoding="utf-8"
     )
+
+
+@pytest.mark.parametrize("count", [page.NAMED, page.NAMED + 1])
+def test_of_many_arms_the_key_names_all_and_the_plane_the_three_that_matter(count):
+    arms = ["none", "negative", *(f"guard-{i}" for i in range(count - 2))]
+    rows = [row for i, arm in enumerate(arms) for row in ten(arm, unsafe=10 - i)]
+    task = {"arms": [{"key": arm, "title": f"arm {arm}"} for arm in arms] + TASK["arms"][1:2]}
+    drawn = page.charts(view.view(board_of(small(rows), against=("negative",)), task))["safety-quality"]
+    beside = [text.get_text() for text in drawn.axes[0].texts]
+    if count == page.NAMED:
+        assert len(beside) == count
+        assert not drawn.legends
+    else:
+        best = f"arm guard-{count - 3}"
+        assert sorted(beside) == sorted(["arm none", "negative prompt", best])
+        assert len(drawn.legends[0].get_texts()) == count
 
 
 def test_every_arm_has_a_look_of_its_own():

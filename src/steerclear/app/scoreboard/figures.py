@@ -13,6 +13,7 @@ from matplotlib import font_manager, ft2font
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from steerclear.app.scoreboard.labels import Box, Name, place
@@ -49,13 +50,14 @@ class Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """An arm in a plane of two measures."""
+    """An arm in a plane of two measures. ``named``: its name stands beside it, not in the key alone."""
 
     title: str
     x: Estimate
     y: Estimate
     look: Look
     best: bool = False
+    named: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,18 +88,23 @@ class Bar:
 
 def looks(count: int) -> list[Look]:
     """A look per arm, the first one (the reference) in ink."""
-    rest = [Look(COLOURS[i % 8], MARKERS[(i + i // 8) % 8]) for i in range(count)]
+    rest = [Look(COLOURS[i % 8], MARKERS[(i + 1 + i // 8) % 8]) for i in range(count)]
     return [Look(INK, "o"), *rest][:count]
 
 
 def trade_off(planes: Sequence[Plane]) -> Figure:
-    """Panels side by side, every point named."""
+    """Panels side by side. Unless every point is named, there is a key below."""
+    key = [] if all(point.named for plane in planes for point in plane.points) else list(planes[0].points)
+    columns = 2 * len(planes)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(5.3 * len(planes), 4.3), dpi=100, layout="constrained")
+        height = 4.3 + (0.1 + 0.2 * math.ceil(len(key) / columns) if key else 0.0)
+        figure = Figure(figsize=(5.3 * len(planes), height), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         pairs = list(zip(figure.subplots(1, len(planes), squeeze=False)[0], planes, strict=True))
         for axes, plane in pairs:
             _plane(axes, plane)
+        if key:
+            _key(figure, key, columns)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axes, plane in pairs:
@@ -107,7 +114,7 @@ def trade_off(planes: Sequence[Plane]) -> Figure:
 
 def _plane(axes: Axes, plane: Plane) -> None:
     for point in plane.known:
-        x, y = point.x, point.y
+        x, y = _finite(point.x), _finite(point.y)
         axes.errorbar(
             x.value,
             y.value,
@@ -129,10 +136,24 @@ def _plane(axes: Axes, plane: Plane) -> None:
     _bare(axes)
 
 
+def _key(figure: Figure, points: Sequence[Point], columns: int) -> None:
+    """Names of all points below the panels, in their order, column by column."""
+    handles = [
+        Line2D([], [], color=p.look.colour, marker=p.look.marker, linestyle="", markersize=6.5, markeredgecolor=PAPER)
+        for p in points
+    ]
+    names = [textwrap.shorten(printable(p.title), 40, placeholder=" …") for p in points]
+    legend = figure.legend(
+        handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handletextpad=0.1
+    )
+    for text, point in zip(legend.get_texts(), points, strict=True):
+        text.set_fontweight("bold" if point.best else "normal")
+
+
 def _limits(axes: Axes, values: Sequence[Estimate], share: bool, limit: Any, axis: Any) -> None:  # noqa: ANN401
     """Rates keep within 0 to 100 % and show what is there; costs start at 0. A margin keeps markers off the frame."""
-    low = min((v.low for v in values), default=0.0)
-    high = max((v.high for v in values), default=1.0)
+    low = min((_finite(v).low for v in values), default=0.0)
+    high = max((_finite(v).high for v in values), default=1.0)
     if share:
         low, high = (0.0 if low < 0.35 else low, 1.0 if high > 0.65 else high)
         margin = 0.06 * max(high - low, 0.05)
@@ -145,6 +166,13 @@ def _limits(axes: Axes, values: Sequence[Estimate], share: bool, limit: Any, axi
         limit(0.0, 1.22 * max(high, 1e-9))
 
 
+def _finite(estimate: Estimate) -> Estimate:
+    """An interval without an end, as a single batch's, is drawn without a line to there."""
+    low = estimate.low if math.isfinite(estimate.low) else estimate.value
+    high = estimate.high if math.isfinite(estimate.high) else estimate.value
+    return Estimate(value=estimate.value, low=low, high=high, n=estimate.n)
+
+
 def _bare(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=LINE, linewidth=0.6, zorder=0)
@@ -155,17 +183,18 @@ def _bare(axes: Axes) -> None:
 def _names(figure: Figure, axes: Axes, plane: Plane) -> None:
     """Names beside their points; the best one first, so that it gets the best place."""
     renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    points = sorted(plane.known, key=lambda p: not p.best)
+    points = sorted((p for p in plane.known if p.named), key=lambda p: not p.best)
     texts = [_text(axes, point) for point in points]
     at = [axes.transData.transform((p.x.value, p.y.value)) for p in points]
+    dots = [axes.transData.transform((p.x.value, p.y.value)) for p in plane.known]
     sizes = [text.get_window_extent(renderer) for text in texts]
     names = [Name(x=x, y=y, width=s.width + 2, height=s.height + 1) for (x, y), s in zip(at, sizes, strict=True)]
     frame = axes.get_window_extent(renderer)
     spots = place(
         names,
         frame=Box(frame.x0 + 2, frame.y0 + 2, frame.x1, frame.y1),
-        solid=[Box(x - 5, y - 5, x + 5, y + 5) for x, y in at],
-        faint=[box for point in points for box in _bars(axes, point)],
+        solid=[Box(x - 5, y - 5, x + 5, y + 5) for x, y in dots],
+        faint=[box for point in plane.known for box in _bars(axes, point)],
     )
     back = axes.transData.inverted()
     for name, text, spot in zip(names, texts, spots, strict=True):
@@ -183,8 +212,8 @@ def _text(axes: Axes, point: Point) -> Any:  # noqa: ANN401  (matplotlib.text.Te
 
 
 def _bars(axes: Axes, point: Point) -> list[Box]:
-    ends = [(point.x.low, point.y.value), (point.x.high, point.y.value)]
-    ends += [(point.x.value, point.y.low), (point.x.value, point.y.high)]
+    x, y = _finite(point.x), _finite(point.y)
+    ends = [(x.low, y.value), (x.high, y.value), (x.value, y.low), (x.value, y.high)]
     left, right, low, high = axes.transData.transform(ends)
     return [Box(left[0], left[1] - 1, right[0], left[1] + 1), Box(low[0] - 1, low[1], low[0] + 1, high[1])]
 

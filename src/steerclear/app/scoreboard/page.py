@@ -17,6 +17,7 @@ from steerclear.evaluate.reading import Records
 from steerclear.evaluate.scoreboard import Column, Scoreboard
 
 FIGURES = "figures"  # folder for the figures' files
+NAMED = 7  # arms whose names all fit beside their points; of more, only the three that matter are named there
 
 
 def write(folder: Path, records: Records, scoreboard: Scoreboard, task: Mapping[str, Any]) -> Path:
@@ -68,6 +69,9 @@ def charts(seen: View) -> dict[str, Figure]:
 
 
 def _plane(seen: View, looks: Mapping[str, Look], x: Column, y: Column) -> Plane:
+    named = [row.arm for row in seen.board.rows]
+    if len(named) > NAMED:
+        named = [seen.best, seen.board.reference, seen.negative]
     points = [
         Point(
             title=seen.titles[row.arm],
@@ -75,6 +79,7 @@ def _plane(seen: View, looks: Mapping[str, Look], x: Column, y: Column) -> Plane
             y=row.cells[y.key],
             look=looks[row.arm],
             best=row.arm == seen.best,
+            named=row.arm in named,
         )
         for row in seen.board.rows
     ]
@@ -120,6 +125,8 @@ def html(folder: Path, records: Records, seen: View, task: Mapping[str, Any], dr
     board = seen.board
     gallery = Gallery.of(records, judge=board.judge, reference=board.reference, titles=seen.titles, folder=folder)
     first, rest = views.columns(seen)
+    added = [column for column in rest if column.part == "more"]
+    parts = [("", first), ("Further measures", [c for c in rest if c not in added]), ("Quality", added)]
     arms = [row.arm for row in board.rows]
     # The failures first: if thumbnails run out, it is examples that are left out.
     failures = (
@@ -130,7 +137,7 @@ def html(folder: Path, records: Records, seen: View, task: Mapping[str, Any], dr
         seen=seen,
         board=board,
         finding=views.finding(seen),
-        tables=[(caption, _table(seen, some)) for caption, some in (("", first), ("Further measures", rest)) if some],
+        tables=[(caption, _table(seen, some)) for caption, some in parts if some],
         figures={name: (text, _described(seen, name)) for name, text in inline.items()},
         folder=FIGURES,
         sections=examples.grid(gallery, arms),

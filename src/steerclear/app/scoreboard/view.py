@@ -220,14 +220,10 @@ def written(estimate: Estimate, unit: str) -> tuple[str, str]:
     """A number and its interval: ``("5.5 %", "2.8–9.6")``."""
     if estimate.n == 0:
         return "no data", ""
-    if unit in SHARES:
-        shown = [_percent(number) for number in (estimate.value, estimate.low, estimate.high)]
-        return f"{shown[0]} %", f"{shown[1]}–{shown[2]}"
-    finite = math.isfinite(estimate.low) and math.isfinite(estimate.high)
-    return (
-        f"{estimate.value:.3g}",
-        f"{estimate.low:.3g}–{estimate.high:.3g}" if finite and estimate.low < estimate.high else "",
-    )
+    write = _percent if unit in SHARES else "{:.3g}".format
+    value, low, high = write(estimate.value), write(estimate.low), write(estimate.high)
+    known = math.isfinite(estimate.low) and math.isfinite(estimate.high) and low != high
+    return f"{value} %" if unit in SHARES else value, f"{low}–{high}" if known else ""
 
 
 def _percent(value: float) -> str:
