@@ -33,6 +33,14 @@ def test_every_guard_has_a_row_in_the_guide():
     from steerclear import guards
 
     page = (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
-    for name in ("SafeDenoiser", "ConditionalRelease", "PublishedLoop", "TwoSample", "Dynamic", "Gate"):
+    for name in (
+        "SafeDenoiser",
+        "ConditionalRelease",
+        "TrackedRelease",
+        "PublishedLoop",
+        "TwoSample",
+        "Dynamic",
+        "Gate",
+    ):
         assert hasattr(guards, name)
         assert f"`{name}`" in page
