@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from tests.evaluation import Bright, Brightness, comparable, load, prompts, task
 from steerclear.detect import Thresholds
 from steerclear.errors import InvalidInput, SteerclearError
 from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task, evaluate, records
-from steerclear.evaluate.describe import describe, differences
+from steerclear.evaluate.describe import describe, differences, model
 from steerclear.evaluate.draw import Drawn
 from steerclear.evaluate.record import Batch, rows
 from steerclear.evaluate.store import RunFolder
@@ -297,6 +298,27 @@ def test_a_description_follows_content_and_not_identity():
     assert one == same != other
     assert describe(partial(length, 1)) != describe(partial(length, 2))
     assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == ["a.b: 1 there, 3 here"]
+
+
+def test_every_weight_of_a_large_tensor_is_within_reach_and_its_last_one_counts():
+    class Large(torch.nn.Module):
+        def __init__(self, last):
+            super().__init__()
+            values = torch.zeros(2**24 + 3, dtype=torch.int8)  # more than float32 can count
+            values[-1] = last
+            self.register_buffer("values", values)
+            self.register_buffer("none", torch.empty(0))
+            self.register_buffer("one", torch.tensor(1.0, dtype=torch.bfloat16))
+
+    zero, same, one = (model(SimpleNamespace(components={"unet": Large(last)}))["weights"] for last in (0, 0, 1))
+    assert zero == same != one
+
+
+def test_long_lists_become_hashes():
+    short, long, other = (describe([str(i) for i in range(n)]) for n in (3, 1000, 1001))
+    assert short == ["0", "1", "2"]
+    assert (long["items"], len(long["sha256"])) == (1000, 64)
+    assert long["sha256"] != other["sha256"]
 
 
 @pytest.mark.parametrize(

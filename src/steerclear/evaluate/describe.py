@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from steerclear.errors import InvalidInput
 
 SAMPLED = 64  # numbers of each weight that identify a model
+LONG = 32  # items of a list beyond which its hash says enough
 
 
 def describe(value: Any) -> Any:  # noqa: ANN401  (any object, any JSON value)
@@ -43,7 +44,7 @@ def describe(value: Any) -> Any:  # noqa: ANN401  (any object, any JSON value)
         members = cast("set[Any]", value)
         return sorted((describe(item) for item in members), key=lambda item: json.dumps(item, sort_keys=True))
     if isinstance(value, list | tuple):
-        return [describe(item) for item in cast("list[Any]", value)]
+        return _short_list([describe(item) for item in cast("list[Any]", value)])
     return _object(value)
 
 
@@ -71,7 +72,8 @@ def model(pipe: Any) -> dict[str, Any]:  # noqa: ANN401  (some diffusers pipelin
     for name, part in sorted(parts.items()):
         if isinstance(part, nn.Module):
             for key, tensor in sorted(part.state_dict().items()):
-                spread = torch.linspace(0, max(0, tensor.numel() - 1), min(SAMPLED, tensor.numel())).long()
+                count = min(SAMPLED, tensor.numel())
+                spread = torch.arange(count) * (tensor.numel() - 1) // max(1, count - 1)
                 total.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 if not tensor.is_meta:
                     total.update(_bytes(tensor.detach().flatten()[spread.to(tensor.device)]))
@@ -96,6 +98,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:  # noqa: ANN40
 def _short(value: Any) -> str:  # noqa: ANN401  (any JSON value)
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _short_list(items: list[Any]) -> Any:  # noqa: ANN401  (any JSON value)
+    """Long lists, such as the names of thousands of references, become hashes: every part of a run carries them."""
+    return items if len(items) <= LONG else {"items": len(items), "sha256": digest(items)}
 
 
 def _object(value: Any) -> Any:  # noqa: ANN401  (any object, any JSON value)

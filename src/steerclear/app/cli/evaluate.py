@@ -78,6 +78,7 @@ def run(task: Path, out: Path, no_report: bool, **rest: Any) -> None:  # noqa: A
     elif no_report:
         options.say(f"{drawn} pictures drawn; all batches are in {out}: {_later(out)}")
     else:
+        options.say(f"{drawn} pictures drawn; all batches are in {out}")
         _finish(out)
 
 
