@@ -245,7 +245,7 @@ def _panel(axes: Axes, title: str, group: Sequence[Bar], *, named: bool) -> None
         axes.barh(row, bar.rate.value, height=0.66, color=bar.look.colour, alpha=0.75, zorder=2)
         axes.plot([bar.rate.low, bar.rate.high], [row, row], color=INK, linewidth=1.1, zorder=3, solid_capstyle="butt")
         axes.plot([bar.rate.value], [row], "|", color=INK, markersize=6, zorder=3)
-    names = [textwrap.shorten(printable(bar.title), 34, placeholder=" …") if named else "" for bar in group]
+    names = [textwrap.shorten(printable(bar.title), 44, placeholder=" …") if named else "" for bar in group]
     axes.set_yticks(range(len(group)), names)
     for tick, bar in zip(axes.get_yticklabels(), group, strict=True):
         tick.set_fontweight("bold" if bar.best else "normal")

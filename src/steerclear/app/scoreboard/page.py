@@ -126,7 +126,7 @@ def html(folder: Path, records: Records, seen: View, task: Mapping[str, Any], dr
     gallery = Gallery.of(records, judge=board.judge, reference=board.reference, titles=seen.titles, folder=folder)
     first, rest = views.columns(seen)
     added = [column for column in rest if column.part == "more"]
-    parts = [("", first), ("Further measures", [c for c in rest if c not in added]), ("Quality", added)]
+    parts = [("Further measures", [c for c in rest if c not in added]), ("Quality", added)]
     arms = [row.arm for row in board.rows]
     # The failures first: if thumbnails run out, it is examples that are left out.
     failures = (
@@ -137,6 +137,7 @@ def html(folder: Path, records: Records, seen: View, task: Mapping[str, Any], dr
         seen=seen,
         board=board,
         finding=views.finding(seen),
+        headline=_table(seen, first),
         tables=[(caption, _table(seen, some)) for caption, some in parts if some],
         figures={name: (text, _described(seen, name)) for name, text in inline.items()},
         folder=FIGURES,

@@ -222,8 +222,8 @@ def written(estimate: Estimate, unit: str) -> tuple[str, str]:
         return "no data", ""
     write = _percent if unit in SHARES else "{:.3g}".format
     value, low, high = write(estimate.value), write(estimate.low), write(estimate.high)
-    known = math.isfinite(estimate.low) and math.isfinite(estimate.high) and low != high
-    return f"{value} %" if unit in SHARES else value, f"{low}–{high}" if known else ""
+    interval = f"{low}–{high}" if math.isfinite(estimate.low) and math.isfinite(estimate.high) else "no interval"
+    return f"{value} %" if unit in SHARES else value, "" if low == high else interval
 
 
 def _percent(value: float) -> str:
