@@ -4,12 +4,15 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from steerclear.app.arms import GUARDS
-from steerclear.app.evaluation import RENOISING, read_task
+from steerclear.app.evaluation import FEATURES, RENOISING, read_task
+from steerclear.detect.emoji_judge import EmojiJudge
 from steerclear.errors import InvalidInput
 from steerclear.evaluate import records
+from steerclear.evaluate.describe import describe
 from steerclear.evaluate.prompt_file import Selection, read_prompts
 
 TASK = {
@@ -168,13 +171,26 @@ def test_a_guard_over_own_negation_sets_below_the_task(write, shipped, policy_fo
         (tmp_path / f"{name}.safetensors").write_bytes((policy_folder / f"{name}.safetensors").read_bytes())
     two = {"kind": "own", "negation": "weapons.safetensors", "safe": "safe.safetensors", "bandwidth": 4.0}
     published = {"kind": "own", "negation": "weapons.safetensors", "method": "published"}
-    arms = [{"key": "none"}, {"key": "own", "guard": two}, {"key": "published", "guard": published}]
+    arms = [{"key": "none"}, {"key": "own", "guard": two}, {"key": "loop", "guard": published}]
+    with pytest.raises(InvalidInput, match="arm loop: expected a coupling for this guard"):
+        read_task(write(arms=arms))
+    arms[2]["coupling"] = "renoise"
     assert [arm.coupling for arm in read_task(write(arms=arms)).arms] == ["score", "score", "renoise"]
-    arms.pop()  # its schedule is for many steps
+    arms.pop()
     steerclear("evaluate", "run", write(arms=arms), "-o", tmp_path / "run", "--limit", 1)
     table = records(tmp_path / "run").to_pylist()
     assert str(tmp_path) not in (tmp_path / "run" / "task.json").read_text()
     assert [row["fired"] is None for row in table] == [True] * 4 + [False] * 4
+
+
+def test_the_judges_feature_space_is_its_last_layers_input():
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    space = FEATURES["emoji-judge"]()
+    features = torch.as_tensor(space(images))
+    assert features.shape == (3, 256)
+    judge = EmojiJudge()
+    torch.testing.assert_close(judge.network.head(features).softmax(1), judge(images))
+    assert "files" in describe(space)["function"]["judge"]["folder"]
 
 
 def test_prompt_files_have_halves_kinds_and_limits(tmp_path):

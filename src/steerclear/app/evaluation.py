@@ -7,11 +7,13 @@ below its own folder.
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from torch import Tensor
 
 from steerclear import detect, zoo
 from steerclear.app.arms import GUARDS
@@ -19,8 +21,10 @@ from steerclear.app.checked import listed, mapping, names, number, optional, typ
 from steerclear.app.prompts import negative_prompt
 from steerclear.attach.coupling import COUPLINGS, Coupling
 from steerclear.detect import Thresholds
+from steerclear.detect.emoji_judge import EmojiJudge
 from steerclear.errors import InvalidInput
 from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task, prompt_sets, rate, records
+from steerclear.evaluate.metrics.quality import FeatureSpace
 from steerclear.evaluate.prompt_file import Selection, first, read_prompts, read_yaml
 from steerclear.evaluate.store import RunFolder, write_atomic
 from steerclear.evaluate.task import Feature, Scorer
@@ -35,9 +39,35 @@ SETS = {"emoji": Path(zoo.__file__).parent / "prompts.yaml"}
 
 
 RENOISING = frozenset({"safe-denoiser-published", "control-mean-vector", "control-renoise-only"})
-"""Guards of :data:`steerclear.app.arms.GUARDS` that are made for ``coupling="renoise"``; the others for "score"."""
+"""Guards of :data:`steerclear.app.arms.GUARDS` that were published with ``coupling="renoise"``: tasks say which."""
 
-FEATURES: dict[str, Callable[[], Feature]] = {}
+
+@dataclass(frozen=True)
+class Pooled:
+    """Pictures -> what the shipped judge sees before it decides: its last feature maps, averaged, ``(batch, 256)``."""
+
+    judge: EmojiJudge = field(default_factory=EmojiJudge)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def note(_head: object, inputs: tuple[Tensor, ...]) -> None:
+            seen.append(inputs[0])
+
+        handle = self.judge.network.head.register_forward_pre_hook(note)
+        try:
+            self.judge(images)
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def emoji_judge() -> Feature:
+    """The feature space ``emoji-judge``."""
+    return FeatureSpace(name="emoji-judge", function=Pooled(), preprocessing="bilinear, antialiased, to 64x64")
+
+
+FEATURES: dict[str, Callable[[], Feature]] = {"emoji-judge": emoji_judge}
 """Feature spaces by name."""
 
 SCORERS: dict[str, Callable[[], Scorer]] = {}
@@ -135,13 +165,17 @@ class _Reader:
         if "guard" in row:
             maker, shown["guard"] = self.guard(key, row["guard"])
         guard: dict[str, Any] = shown.get("guard", {})
-        renoises = guard.get("kind") in RENOISING or guard.get("method") == "published"
+        if (guard.get("kind") in RENOISING or guard.get("method") == "published") and "coupling" not in row:
+            raise InvalidInput(
+                f"arm {key}: expected a coupling for this guard, got none; it was published with coupling: renoise; "
+                "coupling: score shows it without the re-noising"
+            )
         return Arm(
             key=key,
             title=typed(f"arm {key}: title", row.get("title", ""), str),
             maker=maker,
             negative_prompt=negative,
-            coupling=_coupling(f"arm {key}: coupling", row.get("coupling", "renoise" if renoises else "score")),
+            coupling=_coupling(f"arm {key}: coupling", row.get("coupling", "score")),
             spec=shown,
         )
 

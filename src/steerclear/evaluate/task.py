@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steerclear.attach import Coupling, PromptGuard
@@ -16,9 +17,10 @@ from steerclear.evaluate.prompts import Prompt
 from steerclear.guards.base import Guard
 
 Keep = Literal["none", "safe", "all"]
-Feature = Callable[[Tensor], Tensor]
+Numbers = Tensor | NDArray[Any]
+Feature = Callable[[Tensor], Numbers]
 """``(batch, 3, height, width)`` pictures in [0, 1] -> ``(batch, d)`` features."""
-Scorer = Callable[[Tensor, list[str]], Tensor]
+Scorer = Callable[[Tensor, list[str]], Numbers]
 """Pictures as above and their prompts -> ``(batch,)`` scores."""
 Maker = Callable[[Any], Guard]
 """A pipeline -> the guard for it."""
