@@ -4,6 +4,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,27 @@ def test_an_error_of_an_actor_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "import_module", lambda name: BrokenRay)
     with pytest.raises(SteerclearError, match=r"a worker of Ray failed: .*arm bad, unit 0.*broken"):
         evaluate(task(arms=(Arm(key="bad", guard=fails),)), tmp_path, load=load, ray=True)
+
+
+class BrokenPool:
+    """Stands in for a pool whose processes die."""
+
+    def __init__(self, *args, **settings):
+        pass
+
+    def submit(self, function, unit):
+        future = Future()
+        future.set_exception(BrokenProcessPool("died"))
+        return future
+
+    def shutdown(self, cancel_futures):
+        assert cancel_futures
+
+
+def test_a_worker_that_dies_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "ProcessPoolExecutor", BrokenPool)
+    with pytest.raises(SteerclearError, match=r"one that died: .* Run again"):
+        evaluate(task(), tmp_path, load=load, workers=2)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ are the same whoever draws them. Nobody waits for anybody: :func:`steerclear.eva
 import os
 from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -158,6 +159,11 @@ def _in_processes(task: Task, folder: Path, load: Load, units: list[int], worker
                 progress("all arms", fresh)
             drawn += fresh
         return drawn
+    except BrokenProcessPool as error:
+        raise SteerclearError(
+            "evaluate: expected every worker to live, got one that died: killed, out of memory, or a script without "
+            '`if __name__ == "__main__":`. Run again, with fewer workers; finished batches are kept'
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
