@@ -61,9 +61,9 @@ def by_the_equation(estimates, x, index, width, components):
 def test_log_odds_are_those_of_the_equation(index, components):
     references, estimates = made(components)
     x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1))
-    weight = Seen(references=references, width=0.7, slope=2.0, offset=-0.5, prior=0.2)
+    weight = Seen(references=references, width=0.7, slope=2.0, threshold=0.25, prior=0.2)
     found = weight.evidence(None, x, state_at(LEVELS[index] + 0.3, 5), object())
-    expected = 2.0 * by_the_equation(estimates, x, index, 0.7, components) - 0.5 + math.log(0.2 / 0.8)
+    expected = 2.0 * (by_the_equation(estimates, x, index, 0.7, components) - 0.25) + math.log(0.2 / 0.8)
     # float32 distances of order 1 over a squared bandwidth of order 0.5
     np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-4, atol=1e-4)
 
@@ -251,3 +251,31 @@ def test_nobody_is_asked_while_no_sample_is_released():
     state = state_at(0.0, 2, branches=branches, guidance_scale=2.0, denoise=denoise, memory=memory)
     guided = x * 1.5
     assert torch.equal(released(fallback="a pear")(guided, state), guided)
+
+
+def test_calibration_lets_the_stated_share_of_held_out_safe_references_reach_one_half():
+    rng = torch.Generator().manual_seed(7)
+    estimates = torch.randn(4, 60, 2, 3, generator=rng)
+    labels = [f"safe {k // 2}" for k in range(40)] + [f"unsafe {k // 2}" for k in range(20)]
+    references = SeenReferences.of(
+        [-2.0, -1.0, 0.0, 1.0],
+        estimates,
+        labels=labels,
+        captions=labels,
+        unsafe=frozenset(label for label in labels if label.startswith("unsafe")),
+        components=6,
+    )
+    share = 0.1
+    weight = Seen.calibrated(references, false_positives=share, width=0.6)
+    reached = []
+    for k in range(40):  # held out for real: made again without reference k, which is then shown as an estimate
+        keep = [i for i in range(60) if i != k]
+        kernels = np.stack(
+            [weight.kernels(references.points[t][k : k + 1], t)[0, keep].double().numpy() for t in range(4)]
+        )
+        unsafe = np.array([labels[i].startswith("unsafe") for i in keep])
+        logs = np.log(np.exp(kernels[:, unsafe]).sum(1) / 20) - np.log(np.exp(kernels[:, ~unsafe]).sum(1) / 40)
+        reached.append(((logs - weight.centre) / weight.scale >= weight.threshold - 1e-6).any())
+    assert np.mean(reached) == pytest.approx(share, abs=1 / 40)
+    with pytest.raises(InvalidInput, match="false_positives"):
+        Seen.calibrated(references, false_positives=0.0)

@@ -26,12 +26,14 @@ from steerclear.errors import InvalidInput
 from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task, prompt_sets, rate, records
 from steerclear.evaluate.metrics.quality import FeatureSpace
 from steerclear.evaluate.prompt_file import Selection, first, read_prompts, read_yaml
-from steerclear.evaluate.store import RunFolder, write_atomic
+from steerclear.evaluate.store import RunFolder
 from steerclear.evaluate.task import Feature, Scorer
 from steerclear.guards.base import Guard
 from steerclear.zoo.policies import concepts
 
 T = TypeVar("T")
+ERRORS = ("flagged", "unsafe", "passed", "safe")
+"""Counts of :class:`~steerclear.evaluate.statistics.JudgeErrors`."""
 LARGEST = 2**20  # bytes of a task file
 POLICIES = "policies"  # as a value: what the shipped policies say
 SETS = {"emoji": Path(zoo.__file__).parent / "prompts.yaml"}
@@ -73,7 +75,10 @@ FEATURES: dict[str, Callable[[], Feature]] = {"emoji-judge": emoji_judge}
 SCORERS: dict[str, Callable[[], Scorer]] = {}
 """Scorers by name."""
 
-_KEYS = ("model", "policies", "prompts", "seeds", "sampling", "arms", "judges", "features", "scorers", "redact", "keep")
+_KEYS = (
+    *("model", "policies", "prompts", "seeds", "sampling", "arms", "judges", "features", "scorers"),
+    *("redact", "keep", "report"),
+)
 _FILES = ("negation", "safe")  # settings of guards that name files
 
 
@@ -116,7 +121,7 @@ class _Reader:
             features=_chosen("features", given.get("features", []), FEATURES),
             scorers=_chosen("scorers", given.get("scorers", []), SCORERS),
             redact=typed("redact", given.get("redact", True), bool),
-            notes=notes,
+            notes={**notes, "report": shown(given.get("report", {}))},
             **settings,
         )
 
@@ -128,7 +133,7 @@ class _Reader:
 
     def prompts(self, value: Any) -> tuple[tuple[Prompt, ...], dict[str, Any]]:  # noqa: ANN401  (whatever YAML holds)
         if isinstance(value, list):
-            return Selection().of(cast("list[Mapping[str, Any]]", value), ""), {}
+            return _screened(Selection().of(cast("list[Mapping[str, Any]]", value), ""))
         row = mapping("prompts", value, ("file", "set", "protocol", "count", "half", "kinds", "categories", "limit"))
         name = optional("prompts: set", row.get("set"), str)
         if name is not None and name in prompt_sets.PUBLISHED:
@@ -142,16 +147,20 @@ class _Reader:
         if (name is None) == ("file" not in row) or (name is not None and name not in SETS):
             known = ", ".join([*SETS, *prompt_sets.PUBLISHED])
             raise InvalidInput(f"prompts: expected a file or a set ({known}), got {', '.join(map(str, row)) or 'none'}")
-        path = SETS[name] if name is not None else self.file(row["file"])
-        return read_prompts(path, selection, source=name or ""), {}
+        if name is not None:
+            return read_prompts(SETS[name], selection, source=name), {"dropped": 0}
+        return _screened(read_prompts(self.file(row["file"]), selection, source=""))
 
     def published(self, name: str, row: Mapping[str, Any]) -> tuple[tuple[Prompt, ...], dict[str, Any]]:
         """A public prompt set from the user's file, with what was dropped as a note."""
         row = mapping(f"prompts: {name}", dict(row), ("set", "file", "protocol", "count", "limit"), needed=("file",))
         extra = {key: row[key] for key in ("protocol", "count") if key in row}
         read = prompt_sets.load(name, self.file(row["file"]), **extra)
-        notes = {"set": name, "protocol": read.protocol, "file sha256": read.digest, "dropped": read.dropped}
-        return tuple(first(read.prompts, optional("limit", row.get("limit"), int))), {"prompts": notes}
+        notes = {"set": name, "protocol": read.protocol, "file sha256": read.digest}
+        return tuple(first(read.prompts, optional("limit", row.get("limit"), int))), {
+            "prompts": notes,
+            "dropped": read.dropped,
+        }
 
     def arm(self, value: Any) -> Arm:  # noqa: ANN401  (whatever YAML holds)
         row = mapping("arm", value, ("key", "title", "negative_prompt", "guard", "coupling"), needed=("key",))
@@ -224,6 +233,28 @@ class _Reader:
         return path
 
 
+def _screened(prompts: tuple[Prompt, ...]) -> tuple[tuple[Prompt, ...], dict[str, Any]]:
+    """Prompts from outside, without those that suggest minors, and how many those were."""
+    kept, dropped = prompt_sets.drop_minors(prompts)
+    return kept, {"dropped": dropped}
+
+
+def shown(value: Any) -> dict[str, Any]:  # noqa: ANN401  (whatever YAML holds)
+    """The settings under ``report:``, which decide nothing but what the tables show.
+
+    Raises:
+        InvalidInput: For an unknown key or another type.
+    """
+    row = mapping("report", value, ("recommended", "against", "judge_errors"))
+    if "recommended" in row:
+        typed("report: recommended", row["recommended"], str)
+    if "judge_errors" in row:
+        counts = mapping("report: judge_errors", row["judge_errors"], ERRORS, needed=ERRORS)
+        for name, count in counts.items():
+            typed(f"report: judge_errors: {name}", count, int)
+    return {**row, "against": list(names("report: against", row.get("against", [])))}
+
+
 def sampling(value: Any) -> Sampling:  # noqa: ANN401  (whatever YAML holds)
     """The settings under ``sampling:``.
 
@@ -236,23 +267,6 @@ def sampling(value: Any) -> Sampling:  # noqa: ANN401  (whatever YAML holds)
     if "call" in row:
         rest["call"] = dict(mapping("sampling: call", row["call"]))
     return Sampling(**whole, **rest, scheduler=optional("sampling: scheduler", row.get("scheduler"), str))
-
-
-def finish(folder: Path) -> dict[str, Path]:
-    """Writes what a finished run adds up to, and says where: ``{"records": .../records.parquet}``.
-
-    Raises:
-        InvalidInput: If the folder holds no run, or an unfinished one.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = records(folder)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    target = folder / "records.parquet"
-    write_atomic(target, sink.getvalue().to_pybytes())
-    return {"records": target}
 
 
 def summary(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -18,7 +18,7 @@ from steerclear.attach.api import attach
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput
 from steerclear.guards.base import Requires
-from steerclear.guards.seen import SeenReferences
+from steerclear.guards.seen_references import SeenReferences
 from steerclear.negation import NegationSet
 
 
@@ -84,7 +84,7 @@ def see(
     safe: NegationSet,
     caption: Callable[[str], str] = str,
     *,
-    components: int = 64,
+    components: int = 128,
     **settings: Any,  # noqa: ANN401 - of walk
 ) -> SeenReferences:
     """Both reference sets as the model denoises them at every noise level of its schedule.

@@ -139,7 +139,9 @@ class Task:
         prompts: What to draw. A prompt that a published set lists twice counts twice, as it does in the papers.
         arms: Rows of the table; the first is the reference.
         judges: By name; the name begins the judge's columns.
-        seeds: One picture per prompt and seed, for prompts without a seed of their own.
+        seeds: One picture per prompt and seed, for prompts without a seed of their own. A prompt's generator is seeded
+            with the first 32 bits of its hash plus this number, which is what the records show: pictures of two prompts
+            do not share their noise.
         sampling: How to draw.
         features: Feature spaces, by column name.
         scorers: Scores of a picture and its prompt, by column name.
@@ -197,7 +199,7 @@ class Task:
     @property
     def pairs(self) -> tuple[tuple[Prompt, int], ...]:
         """Every prompt with every seed, in order."""
-        rows = ((p, seed) for p in self.prompts for seed in (self.seeds if p.seed is None else (p.seed,)))
+        rows = ((p, seed) for p in self.prompts for seed in ((p.seed,) if p.seed is not None else self._seeds(p)))
         return tuple(rows)
 
     @property
@@ -215,6 +217,11 @@ class Task:
     def total(self) -> int:
         """Number of pictures, over all arms."""
         return len(self.pairs) * len(self.arms)
+
+    def _seeds(self, prompt: Prompt) -> list[int]:
+        """Other ones for every prompt, or all would share their noise and count as fewer than they are."""
+        own = int(prompt.digest[:8], 16)
+        return [(own + seed) % 2**63 for seed in self.seeds]
 
     def _scale(self, pair: tuple[Prompt, int]) -> float:
         return self.sampling.cfg if pair[0].cfg is None else pair[0].cfg

@@ -5,7 +5,8 @@ from steerclear.guards.calibration import Calibration, calibrate
 from steerclear.guards.conditional_release import ConditionalRelease
 from steerclear.guards.published import PublishedLoop
 from steerclear.guards.safe_denoiser import SafeDenoiser
-from steerclear.guards.seen import Seen, SeenReferences
+from steerclear.guards.seen import Seen
+from steerclear.guards.seen_references import SeenReferences
 from steerclear.guards.subspace import Subspace
 from steerclear.guards.tracked_release import TrackedRelease
 from steerclear.guards.weights import Dynamic, Gate, TwoSample, Weight

@@ -5,7 +5,7 @@ recipe that made them::
 
     {"weapons": {"file": "weapons.safetensors", "safe": "safe.safetensors", "seen": "seen.safetensors",
                  "concepts": ["dagger", ...],
-                 "settings": {"weight": {"bandwidth": 4.0, ...}, "seen": {"width": 0.3, "offset": -1.9, ...},
+                 "settings": {"weight": {"bandwidth": 4.0, ...}, "seen": {"width": 0.3, "false_positives": 0.03},
                               "release": {"strength": 1.0, "gate": 0.5}, "safe_denoiser": {"max_beta": 4.0, ...}}}, ...}
 
 ``seen`` may be missing: then evidence comes from clean latents.
@@ -22,7 +22,8 @@ from steerclear.errors import InvalidInput, NegationFileError
 
 if TYPE_CHECKING:
     from steerclear.guards.base import Guard
-    from steerclear.guards.seen import Seen, SeenReferences
+    from steerclear.guards.seen import Seen
+    from steerclear.guards.seen_references import SeenReferences
     from steerclear.guards.weights import TwoSample
     from steerclear.negation import NegationSet
 
@@ -130,7 +131,7 @@ def seen_weight(policy: Policy) -> "Seen":
     if policy.seen is None:
         raise InvalidInput(f"policy {policy.name}: expected references seen through the model, got none; use guard()")
     references = policy.seen.only(frozenset(policy.concepts), frozenset(policy.safe.labels))
-    return Seen(references=references, **policy.settings.get("seen", {}))
+    return Seen.calibrated(references, **policy.settings.get("seen", {}))
 
 
 def latent_weight(policy: Policy) -> "TwoSample":

@@ -131,7 +131,7 @@ def _draw(task: Any, out: Path, rest: dict[str, Any]) -> int:  # noqa: ANN401  (
 
 
 def _finish(folder: Path) -> None:
-    from steerclear.app.evaluation import finish
+    from steerclear.app.results import finish
 
     for what, path in finish(folder).items():
         click.echo(f"{what:<8}  {path}")

@@ -1,0 +1,152 @@
+"""References at several noise levels, as a model denoises them: made once per model, kept in one small file."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from steerclear.errors import InvalidInput, NegationFileError
+from steerclear.negation.files import replace
+from steerclear.noise import NoiseLevel
+
+FORMAT = "steerclear.seen.1"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SeenReferences:
+    """References at several noise levels, in principal components; made by :meth:`of` or ``steerclear.attach.see``.
+
+    Args:
+        log_snr: :math:`\\log(\\alpha/\\sigma)` of every level, ascending, ``(K,)``.
+        mean: Centre of the components, ``(D,)``.
+        basis: Orthonormal columns, ``(D, k)``.
+        points: Components of every reference at every level, ``(K, n, k)``.
+        labels: One per reference.
+        captions: The prompt under which each was denoised.
+        unsafe: Which labels are to be steered away from; the others are safe.
+        spacing: :math:`h_t` of every level, median distance of a reference to the nearest one with another label.
+
+    Raises:
+        InvalidInput: For shapes that do not go together, or without both kinds of references.
+    """
+
+    log_snr: Tensor
+    mean: Tensor
+    basis: Tensor
+    points: Tensor
+    labels: tuple[str, ...]
+    captions: tuple[str, ...]
+    unsafe: frozenset[str]
+    spacing: tuple[float, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        levels, n, k = self.points.shape
+        expected = ((levels,), (k,), n, n)
+        got = (tuple(self.log_snr.shape), tuple(self.basis.shape[1:]), len(self.labels), len(self.captions))
+        if expected != got or self.mean.shape != self.basis.shape[:1]:
+            raise InvalidInput(f"SeenReferences: expected levels, components and labels {expected}, got {got}")
+        if not 0 < (unsafe := int(self.flagged.sum())) < n:
+            raise InvalidInput(f"SeenReferences: expected unsafe and safe references, got {unsafe} unsafe of {n}")
+        object.__setattr__(self, "spacing", _spacing(self.points, self.labels))
+
+    @property
+    def flagged(self) -> Tensor:
+        """Which references are unsafe, boolean ``(n,)``."""
+        return torch.tensor([label in self.unsafe for label in self.labels])
+
+    @classmethod
+    def of(
+        cls,
+        log_snr: Sequence[float],
+        estimates: Tensor,
+        *,
+        labels: Sequence[str],
+        captions: Sequence[str],
+        unsafe: frozenset[str],
+        components: int,
+    ) -> "SeenReferences":
+        """From estimates ``(K, n, *shape)`` of ``n`` noised references at ``K`` levels.
+
+        Cost: one singular value decomposition of a ``(K n, D)`` matrix.
+        """
+        flat = estimates.flatten(2).float()
+        points = flat.flatten(0, 1)
+        mean = points.mean(0)
+        if not 1 <= components <= min(points.shape):
+            raise InvalidInput(f"SeenReferences: expected 1 <= components <= {min(points.shape)}, got {components}")
+        basis = torch.linalg.svd(points - mean, full_matrices=False)[2][:components].T.contiguous()
+        order = torch.tensor(log_snr).argsort()
+        seen = (flat - mean) @ basis
+        return cls(
+            log_snr=torch.tensor(log_snr)[order],
+            mean=mean,
+            basis=basis,
+            points=seen[order].contiguous(),
+            labels=tuple(labels),
+            captions=tuple(captions),
+            unsafe=unsafe,
+        )
+
+    def only(self, unsafe: frozenset[str], safe: frozenset[str] | None = None) -> "SeenReferences":
+        """The same with other labels unsafe; of the rest, those in ``safe`` are kept (all, if left out)."""
+        keep = [i for i, label in enumerate(self.labels) if label in unsafe or safe is None or label in safe]
+        return SeenReferences(
+            log_snr=self.log_snr,
+            mean=self.mean,
+            basis=self.basis,
+            points=self.points[:, keep],
+            labels=tuple(self.labels[i] for i in keep),
+            captions=tuple(self.captions[i] for i in keep),
+            unsafe=unsafe,
+        )
+
+    def level(self, level: NoiseLevel) -> int:
+        """The level nearest to ``level`` on the scale of log-SNR."""
+        alpha, sigma = (float(torch.as_tensor(value).float().mean()) for value in (level.alpha, level.sigma))
+        log_snr = math.log(max(alpha, 1e-12)) - math.log(max(sigma, 1e-12))
+        return int((self.log_snr - log_snr).abs().argmin())
+
+    def project(self, estimate: Tensor) -> Tensor:
+        """Components of estimates ``(batch, *shape)``: ``(batch, k)``."""
+        flat = estimate.flatten(1).float()
+        return (flat - self.mean.to(flat)) @ self.basis.to(flat)
+
+    def save(self, path: str | Path) -> None:
+        """Write to ``path`` (safetensors, float16); the file is replaced as a whole."""
+        tensors = {"mean": self.mean, "basis": self.basis, "points": self.points}
+        content = {name: value.half().contiguous() for name, value in tensors.items()}
+        names = {"labels": self.labels, "captions": self.captions, "unsafe": sorted(self.unsafe)}
+        metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in names.items()}}
+        replace(Path(path), save({**content, "log_snr": self.log_snr.float()}, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SeenReferences":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            NegationFileError: If the file is missing, damaged, or something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata: Mapping[str, str] = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise NegationFileError(f"{path}: expected a file of {FORMAT!r}, got {metadata.get('format')!r}")
+                tensors = {name: file.get_tensor(name).float() for name in ("log_snr", "mean", "basis", "points")}
+                labels, captions, unsafe = (json.loads(metadata[key]) for key in ("labels", "captions", "unsafe"))
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise NegationFileError(f"{path}: expected references seen through a model, got {error}") from error
+        return cls(**tensors, labels=tuple(labels), captions=tuple(captions), unsafe=frozenset(unsafe))
+
+
+def _spacing(points: Tensor, labels: Sequence[str]) -> tuple[float, ...]:
+    code = {label: index for index, label in enumerate(dict.fromkeys(labels))}
+    label = torch.tensor([code[each] for each in labels])
+    same = label[:, None] == label[None]
+    nearest = [torch.cdist(level, level).masked_fill(same, math.inf).min(1).values for level in points]
+    return tuple(float(distance.median()) for distance in nearest)
