@@ -54,10 +54,15 @@ def copy(whole, tmp_path):
     return tmp_path
 
 
+def seeded(text, seed):
+    """The documented seed of a prompt's picture: the first 32 bits of the text's SHA-256, plus the task's seed."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") + seed
+
+
 def drawn_directly(pipe, batch, **call):
     """The pictures of (text, seed) pairs, without any of the code under test."""
     texts = [text for text, _ in batch]
-    generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+    generators = [torch.Generator().manual_seed(seeded(text, seed)) for text, seed in batch]
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np", **call}
     return pipe(prompt=texts, generator=generators, **settings).images
 
@@ -66,9 +71,19 @@ def test_units_are_batches_in_order_cut_where_the_guidance_scale_changes():
     odd = Prompt(text="x", seed=7, cfg=5.0)
     units = task(prompts=(*prompts()[:2], odd, prompts()[2]), seeds=(0, 1, 2)).units
     pairs = [(unit.cfg, [(p.text, seed) for p, seed in unit.pairs]) for unit in units]
-    apple, dagger = [("a red apple", s) for s in (0, 1, 2)], [("a dagger", s) for s in (0, 1, 2)]
-    expected = [(3.0, [*apple, dagger[0]]), (3.0, dagger[1:]), (5.0, [("x", 7)])]
-    assert pairs == [*expected, (3.0, [("a tool", s) for s in (0, 1, 2)])]
+    texts = ("a red apple", "a dagger", "a tool")
+    apple, dagger, tool = ([(text, seeded(text, s)) for s in (0, 1, 2)] for text in texts)
+    assert pairs == [(3.0, [*apple, dagger[0]]), (3.0, dagger[1:]), (5.0, [("x", 7)]), (3.0, tool)]
+
+
+def test_two_prompts_share_no_noise_and_a_repeated_prompt_shares_its_own():
+    twice = task(prompts=(*prompts(), prompts()[0]), seeds=(0, 1)).pairs
+    seeds = [seed for _, seed in twice]
+    assert seeds[-2:] == seeds[:2] == [seeded("a red apple", 0), seeded("a red apple", 1)]
+    assert len(set(seeds[:-2])) == 14
+    # e3b0c442 begins the SHA-256 of nothing, as FIPS 180-4's test vectors have it.
+    assert [seed for _, seed in task(prompts=(Prompt(text=""),), seeds=(5,)).pairs] == [0xE3B0C442 + 5]
+    assert [seed for _, seed in task(prompts=(Prompt(text="", seed=9),), seeds=(5, 6)).pairs] == [9]
 
 
 def test_a_record_has_the_documented_columns_in_order(whole):
@@ -94,7 +109,7 @@ def test_numbers_of_a_record_are_those_of_the_pictures(whole, pipe):
         assert negative["judge/unsafe"] == (picture.mean(dtype=float) >= 0.444)
         assert negative["judge/label"] == "dark"
         assert negative["judge/confidence"] == pytest.approx(1 - picture.mean(dtype=float), abs=1e-6)
-        assert (none["seed"], none["unit"]) == (batch[position][1], 0)
+        assert (none["seed"], none["unit"]) == (seeded(*batch[position]), 0)
         assert none["prompt_digest"] == hashlib.sha256(batch[position][0].encode()).hexdigest()
 
 

@@ -218,5 +218,5 @@ def test_a_published_set_comes_from_the_users_file_with_a_note_of_what_was_dropp
     prompts = {"set": "i2p", "file": "i2p.csv", "count": 2}
     task = read_task(write(prompts=prompts, judges=judges, arms=[{"key": "none"}]))
     assert [(prompt.text, prompt.seed) for prompt in task.prompts] == [("a dagger", 5)]
-    assert task.notes["prompts"]["dropped"] == 1
+    assert task.notes["dropped"] == 1
     assert task.total == 1

@@ -1,12 +1,12 @@
-"""From a YAML file to a task, and from a finished run to its files. Judges and prompt sets have names here,
-guards in ``app/arms.py``.
+"""From a YAML file to a task. Judges and prompt sets have names here, guards in ``app/arms.py``; what becomes of a
+finished run is in ``app/results.py``.
 
 Everything in the file is data: nothing is imported or run because the file says so, and files that it names must lie
 below its own folder.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from steerclear.errors import InvalidInput
 from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task, prompt_sets, rate, records
 from steerclear.evaluate.metrics.quality import FeatureSpace
 from steerclear.evaluate.prompt_file import Selection, first, read_prompts, read_yaml
+from steerclear.evaluate.statistics import JudgeErrors
 from steerclear.evaluate.store import RunFolder
 from steerclear.evaluate.task import Feature, Scorer
 from steerclear.guards.base import Guard
@@ -112,16 +113,17 @@ class _Reader:
         settings: dict[str, Any] = {name: given[name] for name in ("keep",) if name in given}
         if "seeds" in given:
             settings["seeds"] = tuple(typed("seeds", seed, int) for seed in listed("seeds", given["seeds"]))
+        arms = tuple(self.arm(row) for row in listed("arms", given["arms"]))
         return Task(
             model=model or self.model(typed("model", given["model"], str)),
             prompts=tuple(first(prompts, limit)),
-            arms=tuple(self.arm(row) for row in listed("arms", given["arms"])),
+            arms=arms,
             judges=self.judges(given.get("judges", {})),
             sampling=sampling(given.get("sampling", {})),
             features=_chosen("features", given.get("features", []), FEATURES),
             scorers=_chosen("scorers", given.get("scorers", []), SCORERS),
             redact=typed("redact", given.get("redact", True), bool),
-            notes={**notes, "report": shown(given.get("report", {}))},
+            notes={**notes, "report": shown(given.get("report", {}), [arm.key for arm in arms])},
             **settings,
         )
 
@@ -239,20 +241,25 @@ def _screened(prompts: tuple[Prompt, ...]) -> tuple[tuple[Prompt, ...], dict[str
     return kept, {"dropped": dropped}
 
 
-def shown(value: Any) -> dict[str, Any]:  # noqa: ANN401  (whatever YAML holds)
-    """The settings under ``report:``, which decide nothing but what the tables show.
+def shown(value: Any, arms: Sequence[str]) -> dict[str, Any]:  # noqa: ANN401  (whatever YAML holds)
+    """The settings under ``report:``, which decide nothing but what the tables show. Checked before anything is drawn.
+
+    Args:
+        value: The settings.
+        arms: Keys of the task's arms, which ``recommended`` and ``against`` name.
 
     Raises:
-        InvalidInput: For an unknown key or another type.
+        InvalidInput: For an unknown key or arm, another type, or impossible counts.
     """
     row = mapping("report", value, ("recommended", "against", "judge_errors"))
-    if "recommended" in row:
-        typed("report: recommended", row["recommended"], str)
+    against = names("report: against", row.get("against", []))
+    recommended = [typed("report: recommended", row["recommended"], str)] if "recommended" in row else []
+    if unknown := [key for key in (*recommended, *against) if key not in arms]:
+        raise InvalidInput(f"report: expected arms among {', '.join(arms)}; got {', '.join(unknown)}")
     if "judge_errors" in row:
         counts = mapping("report: judge_errors", row["judge_errors"], ERRORS, needed=ERRORS)
-        for name, count in counts.items():
-            typed(f"report: judge_errors: {name}", count, int)
-    return {**row, "against": list(names("report: against", row.get("against", [])))}
+        JudgeErrors(**{name: typed(f"report: judge_errors: {name}", count, int) for name, count in counts.items()})
+    return {**row, "against": list(against)}
 
 
 def sampling(value: Any) -> Sampling:  # noqa: ANN401  (whatever YAML holds)

@@ -1,37 +1,17 @@
-"""Files that are either whole or not there: write beside the target, flush to the disk, then rename."""
+"""JSON files, their numbers and their names. How files are written: :func:`steerclear.evaluate.store.write_atomic`."""
 
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path``, making its folder. A kill at any moment leaves the old file or the new.
-
-    Raises:
-        OSError: If the folder or the file cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  (any JSON value)
     """Writes ``value`` as indented JSON, atomically; see :func:`plain` for NaN."""
+    from steerclear.evaluate.store import write_atomic  # here: most callers of this file stay light
+
     write_atomic(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from steerclear.app.files import sha256, slug, write_atomic, write_json
+from steerclear.app.files import sha256, slug, write_json
 from steerclear.app.pictures import Cell, Pixels, png, sheet, to_pixels
 from steerclear.attach import attach
 from steerclear.errors import GuardNotApplied, InvalidInput
+from steerclear.evaluate.store import write_atomic
 
 if TYPE_CHECKING:
     from steerclear.guards import Guard

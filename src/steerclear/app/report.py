@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import torch
 
 from steerclear.app.demo import Arm, DemoResult
-from steerclear.app.files import slug, write_atomic, write_json
+from steerclear.app.files import slug, write_json
 from steerclear.app.pictures import Cell, png, sheet
 from steerclear.app.prompts import KINDS, DemoPrompt
 from steerclear.app.score import Picture, Score
+from steerclear.evaluate.store import write_atomic
 
 KIND_TITLES = {
     "explicit": "Prompts that name forbidden things",

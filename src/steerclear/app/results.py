@@ -5,18 +5,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from steerclear.app.files import write_atomic
 from steerclear.app.scoreboard.page import write
 from steerclear.evaluate import records
 from steerclear.evaluate.metrics import Metric, among, quality
+from steerclear.evaluate.metrics.quality import features
 from steerclear.evaluate.reading import Records, select
 from steerclear.evaluate.scoreboard import BENIGN_KINDS, Scoreboard, scoreboard
 from steerclear.evaluate.statistics import JudgeErrors
-from steerclear.evaluate.store import RunFolder
+from steerclear.evaluate.store import RunFolder, write_atomic
 
 QUALITY = ("FID", "KID", "precision", "recall", "density", "coverage", "Vendi")
 
@@ -67,12 +66,9 @@ def count(table: Records, task: Mapping[str, Any]) -> Scoreboard:
 def _quality(table: Records, task: Mapping[str, Any], reference: str) -> Iterable[Metric]:
     """How far pictures are from the reference arm's benign ones, in every feature space: those of unsafe prompts,
     which should still be pictures, and the benign ones."""
-    real = select(table, arm=reference, kinds=BENIGN_KINDS)
-    if real.num_rows == 0:
-        return
-    for space in task["common"].get("features", {}):
-        features = np.asarray(real.column(space).combine_chunks().flatten(), dtype=np.float64).reshape(
-            real.num_rows, -1
-        )
+    own = select(table, arm=reference)
+    for space in task["common"]["features"]:
+        real = features(select(own, kinds=BENIGN_KINDS), space)
         for kinds in (("explicit",), BENIGN_KINDS):
-            yield from (among(metric, *kinds) for metric in quality(space, features, statistics=QUALITY))
+            if len(real) and select(own, kinds=kinds).num_rows:
+                yield from (among(metric, *kinds) for metric in quality(space, real, statistics=QUALITY))

@@ -50,7 +50,8 @@ def log_ratio(before: Prediction, state: DenoiseState, *, tau: float = 1.0, delt
         raise UnsoundCombination(
             "a weight tracked along the trajectory was used with a sampler that adds no noise (eta = 0), where the "
             "ratio of the two kernels can only fall. Use DDPM, an ancestral sampler or DDIM with eta=1; or, with any "
-            "sampler, SafeDenoiser(weight=TwoSample(...)) or ConditionalRelease(release=Latch(...))"
+            "sampler, a guard that tracks nothing by noise: SafeDenoiser(weight=TwoSample(safe=...)) or "
+            "ConditionalRelease(weight=TwoSample(safe=...))"
         )
     c_0, c_t, variance = before.level.reverse(state.level, eta)
     if variance <= 0.0 or state.step != before.step + 1:

@@ -8,8 +8,6 @@ import click
 
 from steerclear.app.cli import options
 
-_FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
-
 
 @click.group(
     epilog="""\b
@@ -82,15 +80,27 @@ def run(task: Path, out: Path, no_report: bool, **rest: Any) -> None:  # noqa: A
         _finish(out)
 
 
-@evaluate.command()
-@click.argument("folder", type=_FOLDER)
+@evaluate.command(
+    epilog="""\b
+Examples:
+  steerclear evaluate report run
+\b
+Nothing is drawn. The files are records.parquet and, with a judge, scoreboard.json, scoreboard.md, report.html and
+figures/; older ones are replaced."""
+)
+@click.argument("folder", type=options.FOLDER)
 def report(folder: Path) -> None:
     """Merge the batches of a finished run in FOLDER and write what it adds up to."""
     _finish(folder)
 
 
-@evaluate.command()
-@click.argument("folder", type=_FOLDER)
+@evaluate.command(
+    epilog="""\b
+Examples:
+  steerclear evaluate show run
+  steerclear evaluate show run --json"""
+)
+@click.argument("folder", type=options.FOLDER)
 @options.as_json
 def show(folder: Path, as_json: bool) -> None:
     """Print a table of what is in FOLDER, finished or not."""

@@ -7,7 +7,6 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from steerclear.app.files import write_atomic
 from steerclear.app.scoreboard import examples, figures, words
 from steerclear.app.scoreboard import view as views
 from steerclear.app.scoreboard.examples import Gallery
@@ -15,6 +14,7 @@ from steerclear.app.scoreboard.figures import Bar, Look, Plane, Point
 from steerclear.app.scoreboard.view import View
 from steerclear.evaluate.reading import Records
 from steerclear.evaluate.scoreboard import Column, Scoreboard
+from steerclear.evaluate.store import write_atomic
 
 FIGURES = "figures"  # folder for the figures' files
 NAMED = 7  # arms whose names all fit beside their points; of more, only the three that matter are named there
