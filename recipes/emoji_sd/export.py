@@ -6,6 +6,7 @@ Writes ``src/steerclear/zoo/models/emoji-sd``, ``.../emoji-judge`` and ``src/ste
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,10 @@ def main() -> None:
     shutil.rmtree(model, ignore_errors=True)
     pipe = StableDiffusionPipeline.from_pretrained(args.build / "emoji-sd", dtype=torch.float16)
     pipe.save_pretrained(model, safe_serialization=True)
+    for config in model.rglob("*.json"):  # where it lay when it was built is nobody's business
+        content = json.loads(config.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(content, indent=2) + "\n")
     for source, target in (("emoji-judge", ZOO / "models" / "emoji-judge"), ("policies", ZOO / "policies")):
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted((args.build / source).iterdir()):

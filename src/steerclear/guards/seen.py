@@ -15,7 +15,8 @@ depends on the level, so it is measured against the safe references themselves, 
 .. math:: \log\frac{w_c}{1-w_c} = a \Bigl(\frac{\rho_t - m_t}{s_t} - z\Bigr) + \log\frac{\pi}{1-\pi}
 
 with :math:`m_t` their 90 % quantile, :math:`s_t` the distance from their median to their 98 % quantile, and :math:`z`
-such that a stated share of their trajectories ever reaches it (:meth:`Seen.calibrated`). At the first step
+such that a stated share of their trajectories ever reaches it (:meth:`Seen.calibrated`). Late in a trajectory, when
+little can be changed any more, most alarms are false: only the first part is read. At the first step
 :math:`y_n^t` is what the model expects of the label alone; towards the end it is the reference. ``steerclear.see``
 makes the references.
 """
@@ -44,6 +45,7 @@ class Seen(Weight):
         prior: Unsafe share of what the model would draw, inside (0, 1).
         slope: :math:`a` > 0.
         threshold: :math:`z`.
+        until: Share of the levels, from the noisiest, that is read, in (0, 1]; at later ones the weight is 0.
         centre: :math:`m_t` of every level; zeros if left out.
         scale: :math:`s_t` > 0 of every level; ones if left out.
 
@@ -65,6 +67,7 @@ class Seen(Weight):
     prior: float = 0.5
     slope: float = 1.0
     threshold: float = 0.0
+    until: float = 1.0
     centre: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
 
@@ -79,12 +82,20 @@ class Seen(Weight):
             raise InvalidInput(f"Seen: expected 0 < prior < 1, got {self.prior}; strength=0 is how to switch off")
         if not 0.0 < self.slope < math.inf or not math.isfinite(self.threshold):
             raise InvalidInput(f"Seen: expected a finite slope > 0 and threshold, got {self.slope}, {self.threshold}")
+        if not 0.0 < self.until <= 1.0:
+            raise InvalidInput(f"Seen: expected 0 < until <= 1, got {self.until}")
         if (len(self.centre), len(self.scale)) != (levels, levels) or min(self.scale) <= 0.0:
             raise InvalidInput(f"Seen: expected a centre and a scale > 0 for each of {levels} levels, got others")
 
     @classmethod
     def calibrated(
-        cls, references: SeenReferences, *, false_positives: float, width: float = 0.3, slope: float = 8.0
+        cls,
+        references: SeenReferences,
+        *,
+        false_positives: float,
+        width: float = 0.4,
+        slope: float = 20.0,
+        until: float = 0.7,
     ) -> "Seen":
         """The weight that reaches 1/2 somewhere along the trajectory of a stated share of safe references.
 
@@ -95,6 +106,7 @@ class Seen(Weight):
             false_positives: That share, inside (0, 1).
             width: :math:`q`.
             slope: How sharply the weight rises there.
+            until: Share of the levels that is read.
 
         Raises:
             InvalidInput: For a share outside (0, 1), or a single safe reference.
@@ -108,20 +120,26 @@ class Seen(Weight):
                 f"Seen: expected false_positives inside (0, 1) and two safe references, got {false_positives} and "
                 f"{int(safe.sum())}"
             )
-        plain = cls(references=references, width=width)
+        plain = cls(references=references, width=width, until=until)
         levels = range(len(references.log_snr))
         null = torch.stack([_log_ratio(plain.left_out(index)[safe], ~safe) for index in levels], 1).double()
         centre = null.quantile(0.9, 0)
         scale = (null.quantile(0.98, 0) - null.quantile(0.5, 0)).clamp_min(1e-6)
-        highest = ((null - centre) / scale).max(1).values
+        highest = ((null - centre) / scale)[:, : plain.read].max(1).values
         return cls(
             references=references,
             width=width,
             slope=slope,
+            until=until,
             threshold=float(highest.quantile(1.0 - false_positives)),
             centre=tuple(centre.tolist()),
             scale=tuple(scale.tolist()),
         )
+
+    @property
+    def read(self) -> int:
+        """Number of levels that are read."""
+        return math.ceil(self.until * len(self.references.log_snr))
 
     def evidence(self, negation: NegationSet, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
         return self.odds(estimate, state.level)
@@ -132,6 +150,8 @@ class Seen(Weight):
     def odds(self, estimate: Tensor, level: NoiseLevel) -> Tensor:
         """Log-odds of an estimate at a noise level, ``(batch,)``."""
         index = self.references.level(level)
+        if index >= self.read:
+            return torch.full((len(estimate),), -math.inf, device=estimate.device)
         flagged = self.references.flagged.to(estimate.device)
         ratio = _log_ratio(self.kernels(self.references.project(estimate), index), flagged)
         score = (ratio - self.centre[index]) / self.scale[index] - self.threshold
