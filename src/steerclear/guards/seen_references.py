@@ -31,6 +31,7 @@ class SeenReferences:
         captions: The prompt under which each was denoised.
         unsafe: Which labels are to be steered away from; the others are safe.
         spacing: :math:`h_t` of every level, median distance of a reference to the nearest one with another label.
+        flagged: Which references are unsafe, boolean ``(n,)``.
 
     Raises:
         InvalidInput: For shapes that do not go together, or without both kinds of references.
@@ -44,6 +45,7 @@ class SeenReferences:
     captions: tuple[str, ...]
     unsafe: frozenset[str]
     spacing: tuple[float, ...] = field(init=False, repr=False)
+    flagged: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         levels, n, k = self.points.shape
@@ -51,14 +53,11 @@ class SeenReferences:
         got = (tuple(self.log_snr.shape), tuple(self.basis.shape[1:]), len(self.labels), len(self.captions))
         if expected != got or self.mean.shape != self.basis.shape[:1]:
             raise InvalidInput(f"SeenReferences: expected levels, components and labels {expected}, got {got}")
-        if not 0 < (unsafe := int(self.flagged.sum())) < n:
+        flagged = torch.tensor([label in self.unsafe for label in self.labels])
+        object.__setattr__(self, "flagged", flagged)
+        if not 0 < (unsafe := int(flagged.sum())) < n:
             raise InvalidInput(f"SeenReferences: expected unsafe and safe references, got {unsafe} unsafe of {n}")
         object.__setattr__(self, "spacing", _spacing(self.points, self.labels))
-
-    @property
-    def flagged(self) -> Tensor:
-        """Which references are unsafe, boolean ``(n,)``."""
-        return torch.tensor([label in self.unsafe for label in self.labels])
 
     @classmethod
     def of(
