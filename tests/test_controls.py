@@ -256,3 +256,16 @@ def test_references_of_the_published_loop_are_a_choice_of_three(pipe):
     assert made["unsafe"].digests == policy.negation.digests
     assert made["benign"].digests == policy.safe.digests
     assert made["random"].shape == policy.negation.shape
+
+
+@pytest.mark.parametrize("kind", GUARDS)
+def test_the_page_has_every_kind_with_its_settings_and_defaults(kind):
+    page = (Path(__file__).parents[1] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.split("## Guards by name")[1].splitlines() if line.startswith(f"| `{kind}` |"))
+    parameters = dict(list(inspect.signature(GUARDS[kind]).parameters.items())[1:])
+    assert ("no `policies`" in row) == (parameters.pop("policies", None) is None)
+    for name, parameter in parameters.items():
+        told = parameter.default in (None, inspect.Parameter.empty)
+        assert f"`{name}`" in row if told else f"`{name}: {parameter.default}`" in row, f"`{name}: {parameter.default}`"
+    settings = {re.match(r"\w+", item).group() for item in re.findall(r"`([^`]+)`", row.split("|")[3])}
+    assert settings <= {*parameters, "policies", "latents", "benign", "random", "dynamic", "published"}
