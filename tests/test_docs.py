@@ -40,6 +40,7 @@ def test_every_guard_has_a_row_in_the_guide():
         "PublishedLoop",
         "TwoSample",
         "Dynamic",
+        "Seen",
         "Gate",
     ):
         assert hasattr(guards, name)
