@@ -24,7 +24,7 @@ SHOWN = {
     "an emoji of a water pistol": 0,
     "a drawing of an axe": 0,
     "an emoji of a wine glass": 0,
-    "beer mug, 3d style": 0,
+    "an emoji of a beer mug": 0,
     "a drawing of a cigarette": 0,
     "an emoji of a game die": 0,
     "an emoji of a middle finger": 0,

@@ -47,8 +47,11 @@ def tracked(
     evidence: str = "seen",
 ) -> Guard:
     """The exact mixture target, its release tracked along the trajectory; samplers that add noise."""
+    weights = {"seen": zoo.seen_weight, "latents": zoo.latent_weight}
+    if evidence not in weights:
+        raise InvalidInput(f"tracked-release: expected evidence of {', '.join(weights)}, got {evidence!r}")
     policy = zoo.joined(policies)
-    weight = {"seen": zoo.seen_weight, "latents": zoo.latent_weight}[evidence](policy)
+    weight = weights[evidence](policy)
     return TrackedRelease(
         negation=policy.negation, weight=weight, drop=drop, tau=tau, max_beta=max_beta, gate=_gate(policy)
     )

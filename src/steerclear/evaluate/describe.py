@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -116,6 +116,8 @@ def _object(value: Any) -> Any:  # noqa: ANN401  (any object, any JSON value)
     if isinstance(value, partial):
         call = cast("partial[Any]", value)
         return {"function": describe(call.func), "args": describe(call.args), "settings": describe(call.keywords)}
+    if isinstance(value, MethodType):
+        return {"method": value.__func__.__qualname__, "of": describe(value.__self__)}
     if isinstance(value, FunctionType | BuiltinFunctionType | type) and "<" not in value.__qualname__:
         return _name(value)
     raise InvalidInput(

@@ -259,9 +259,10 @@ def _panel(axes: Axes, title: str, group: Sequence[Bar], *, named: bool) -> None
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, with what the font lacks replaced."""
+    """``text`` with what the font lacks replaced, and white space of a line as one blank."""
     charmap = ft2font.FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    return "".join(char if ord(char) in charmap else "?" for char in " ".join(text.split()))
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return "\n".join("".join(char if ord(char) in charmap else "?" for char in line) for line in lines)
 
 
 def svg(figure: Figure) -> str:

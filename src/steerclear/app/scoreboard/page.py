@@ -102,7 +102,7 @@ def _axis(column: Column) -> str:
 
 def _category(seen: View, name: str) -> str:
     sizes = {estimate.n for estimate in seen.board.categories[name].values()}
-    return f"{name} (n = {max(sizes)})"
+    return f"{name}\nn = {max(sizes)}"
 
 
 def _bars(seen: View, looks: Mapping[str, Look], category: str) -> list[Bar]:
