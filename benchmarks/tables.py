@@ -96,7 +96,7 @@ def pages() -> dict[Path, dict[str, str]]:
     method = {
         "scoreboard": "\n".join(table(main, everything, titles)),
         "comparisons": "\n".join(comparisons(main, titles)),
-        "controls": "\n".join(table(rest, SHORT, rest_titles, bold="composed")),
+        "controls": "\n".join(table(rest, SHORT, rest_titles, bold="")),
         "stochastic": "\n".join(table(noisy, SHORT, noisy_titles)),
     }
     return {

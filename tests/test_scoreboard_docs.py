@@ -34,4 +34,4 @@ def test_blocks_go_between_their_markers_and_nowhere_else(tables):
 
 def test_cells_without_data_are_a_dash(tables):
     assert tables.percent({"value": None, "low": None, "high": None, "n": 0}) == "–"
-    assert tables.percent({"value": 0.025, "low": 0.0, "high": 0.5, "n": 3}) == "2.5 % [0.0, 50]"
+    assert tables.percent({"value": 0.025, "low": 0.0, "high": 0.5, "n": 3}) == "2.5 % [0, 50]"

@@ -13,6 +13,7 @@ from steerclear.errors import InvalidInput
 from steerclear.evaluate import controls
 from steerclear.guards import ConditionalRelease, Dynamic, SafeDenoiser, TrackedRelease, TwoSample
 from steerclear.guards.base import Guard, chain
+from steerclear.guards.weights import Weight
 
 References = Sequence[str]
 
@@ -25,17 +26,17 @@ def recommended(pipe: Any, policies: References, strength: float | None = None) 
 def released(pipe: Any, policies: References, strength: float = 1.0) -> Guard:  # noqa: ANN401
     """Conditional release with the same evidence, to the empty prompt: no further network evaluation."""
     policy = zoo.joined(policies)
-    return ConditionalRelease(
-        negation=policy.negation, weight=zoo.seen_weight(policy), strength=strength, gate=_gate(policy)
-    )
+    return _to_empty(policy, zoo.seen_weight(policy), strength)
 
 
 def latent_release(pipe: Any, policies: References, strength: float = 1.5) -> Guard:  # noqa: ANN401
     """Conditional release to the empty prompt with evidence from clean latents in principal components."""
     policy = zoo.joined(policies)
-    return ConditionalRelease(
-        negation=policy.negation, weight=zoo.latent_weight(policy), strength=strength, gate=_gate(policy)
-    )
+    return _to_empty(policy, zoo.latent_weight(policy), strength)
+
+
+def _to_empty(policy: zoo.Policy, weight: Weight, strength: float) -> Guard:
+    return ConditionalRelease(negation=policy.negation, weight=weight, strength=strength, gate=_gate(policy))
 
 
 def tracked(

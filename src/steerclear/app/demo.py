@@ -4,8 +4,7 @@ Pure functions: :func:`run` draws and judges, ``app/score.py`` counts, ``app/rep
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from steerclear.app.score import Cost, Picture, Score, score, total
 from steerclear.attach import attach
 from steerclear.detect import Detector, Thresholds
 from steerclear.errors import InvalidInput
+from steerclear.evaluate.draw import evaluations
 
 if TYPE_CHECKING:
     from steerclear.guards.base import Guard
@@ -196,7 +196,7 @@ def _draw(
         call["negative_prompt"] = [arm.negative_prompt] * len(batch)
     records: list[dict[str, Any]] = []
     guard_seconds = 0.0
-    with _evaluations(job.pipe) as count:
+    with evaluations(job.pipe) as count:
         started = time.perf_counter()
         if arm.guard is None:
             images = job.pipe(**call).images
@@ -214,20 +214,3 @@ def _draw(
 def _who(arm: Arm, batch: Sequence[tuple[DemoPrompt, int]], row: dict[str, Any]) -> dict[str, Any]:
     prompt, seed = batch[int(row["sample"])]
     return {"arm": arm.key, "prompt": prompt.text, "kind": prompt.kind, "seed": seed}
-
-
-@contextmanager
-def _evaluations(pipe: Any) -> Generator[list[int]]:  # noqa: ANN401  (some diffusers pipeline)
-    """Counts rows through the network, independently of the trace: one entry per forward call."""
-    network = getattr(pipe, "unet", None) or pipe.transformer
-    rows: list[int] = []
-
-    def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ANN401
-        sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        rows.append(int(sample.shape[0]))
-
-    handle = network.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield rows
-    finally:
-        handle.remove()
