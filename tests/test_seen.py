@@ -280,3 +280,31 @@ def test_calibration_lets_the_stated_share_of_held_out_safe_references_reach_one
     assert weight.odds(estimates[3, 40:], NoiseLevel(1.0, math.exp(-1.0))).tolist() == [-math.inf] * 20  # not read
     with pytest.raises(InvalidInput, match="false_positives"):
         Seen.calibrated(references, false_positives=0.0)
+
+
+class Certain(Seen):
+    """Evidence beyond doubt, from the first step."""
+
+    def evidence(self, negation, estimate, state, owner):
+        return torch.full((len(estimate),), math.inf)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "pixart"])
+def test_a_sample_released_from_the_first_step_is_the_fallback_prompts_own_picture(kind):
+    """With w = 1 throughout, equation (12) is plain guidance under the other prompt."""
+    pipe = tiny_pipeline(kind)
+    pipe.set_progress_bar_config(disable=True)
+    space = encoder_of(pipe).space
+    negation = NegationSet(latents=torch.zeros(1, *space.shape), space=space)
+    guard = ConditionalRelease(
+        negation=negation, weight=Certain(references=made()[0]), strength=1.0, gate=0.5, fallback="a dog"
+    )
+
+    def drawn(prompt, *guards):
+        call = {**tiny_call(kind), "prompt": prompt, "output_type": "latent", "num_inference_steps": 3}
+        with attach(pipe, *guards):
+            return pipe(**{**call, "generator": torch.Generator().manual_seed(1)}).images
+
+    own, other, released = drawn("a cat"), drawn("a dog"), drawn("a cat", guard)
+    assert not torch.allclose(own, other, atol=1e-3)
+    torch.testing.assert_close(released, other, rtol=1e-3, atol=1e-3)
