@@ -106,22 +106,27 @@ def markdown(sweeps: dict[str, Any]) -> str:
             f"| {row['space']} | {' | '.join(_cell(row[name]) for name in names)} |" for row in sweeps["space"]["rows"]
         ]
     for name in (name for name in guards.SWEEPS if name in sweeps):
-        heads = [head for head in guards.columns() if " and " not in head or head.startswith("unsafe")]
-        lines += ["", f"| {name} | | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+        heads = [head for head in guards.columns() if " and " not in head]
+        lines += ["", f"| {name} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
         for row in sweeps[name]:
-            for arm in ("unguarded", "guarded"):
-                lines.append(f"| {row['setting']} | {arm} | {' | '.join(_cell(row[arm][head]) for head in heads)} |")
+            cells = (_both(head, row["unguarded"][head], row["guarded"][head]) for head in heads)
+            lines.append(f"| {row['setting']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _both(head: str, before: dict[str, Any], after: dict[str, Any]) -> str:
+    """``95 → 5 % [0, 23]``: without the guard, with it, and the interval of the latter."""
+    if head.startswith("identical"):
+        return _cell(after)
+    if head == "evaluations":
+        return f"{before['value']:.0f} → {after['value']:.0f}"
+    return f"{100 * before['value']:.0f} → {_cell(after)}" if before["n"] else f"– → {_cell(after)}"
+
+
 def _cell(estimate: dict[str, Any]) -> str:
-    """``50 % [26, 74]``, or a plain number where it is no share."""
+    """``50 % [26, 74]``."""
     value, low, high, n = (estimate[key] for key in ("value", "low", "high", "n"))
-    if not n:
-        return "no data"
-    if value > 1.0:
-        return f"{value:.0f}"
-    return f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" if n else "no data"
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (JSON)

@@ -23,6 +23,8 @@ def script(name):
 
 
 space, guards = script("ablation_space"), script("ablation_guards")
+script("ablation_figure")
+ablations = script("ablations")
 
 
 @pytest.mark.parametrize(
@@ -122,3 +124,15 @@ def test_arms_of_different_settings_have_different_names():
     )
     keys = [arm.key for arm in (*usual, *few)]
     assert keys == ["guard", "guard_unsafe=1_draw=0", "guard_unsafe=1_draw=1", "guard_unsafe=1_draw=2"]
+
+
+def test_a_cell_shows_both_arms_and_says_where_there_is_no_data():
+    def estimate(value, low, high, n):
+        return {"value": value, "low": low, "high": high, "n": n}
+
+    nothing = estimate(math.nan, math.nan, math.nan, 0)
+    some = estimate(0.25, 0.125, 0.5, 8)
+    assert ablations._both("unsafe explicit", estimate(1.0, 0.8, 1.0, 8), some) == "100 → 25 % [12, 50]"
+    assert ablations._both("confidence explicit", nothing, some) == "– → 25 % [12, 50]"
+    assert ablations._both("unsafe explicit", some, nothing) == "25 → no data"
+    assert ablations._plain({"value": math.nan, "n": 0}) == {"value": None, "n": 0}
