@@ -11,6 +11,7 @@ import torch
 
 from steerclear.evaluate import Prompt
 from steerclear.guards import SeenReferences
+from steerclear.negation import Space
 
 
 def script(name):
@@ -105,6 +106,7 @@ def test_thinning_keeps_so_many_of_each_unsafe_label_and_of_all_safe_ones():
         labels=labels,
         captions=tuple(f"{label} {k}" for k, label in enumerate(labels)),
         unsafe=frozenset({"a", "b"}),
+        space=Space(encoder="pixels", shape=(1,)),
     )
     kept = guards.thinned(references, 1, 2, draw=0)
     assert sorted(kept.labels)[:2] == ["a", "b"]

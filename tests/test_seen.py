@@ -1,6 +1,7 @@
 """References as the model denoises them: the walk along noised references, the evidence, the prompt obeyed instead."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from steerclear.attach.api import attach
 from steerclear.attach.space import encoder_of
 from steerclear.attach.walk import Walk, walk
 from steerclear.denoise import DenoiseState
-from steerclear.errors import InvalidInput, NegationFileError
+from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch
 from steerclear.negation import Space
 from steerclear.noise import NoiseLevel
 from steerclear.testing.pipelines import tiny_call, tiny_pipeline
 
 LEVELS = [-2.0, 0.0, 2.0]
+SPACE = Space(encoder="pixels", shape=(2, 3))
 LABELS = ("axe", "axe", "bomb", "apple", "pear", "pear")
 
 
@@ -26,7 +28,7 @@ def made(components=4, seed=0):
     captions = [f"a {label}" for label in LABELS]
     unsafe = frozenset({"axe", "bomb"})
     references = SeenReferences.of(
-        LEVELS, estimates, labels=LABELS, captions=captions, unsafe=unsafe, components=components
+        LEVELS, estimates, labels=LABELS, captions=captions, unsafe=unsafe, space=SPACE, components=components
     )
     return references, estimates
 
@@ -73,7 +75,13 @@ def test_levels_are_found_by_log_snr_whatever_their_order():
     assert [references.level(at(value)) for value in (-9.0, -0.9, 0.9, 1.1, 9.0)] == [0, 1, 1, 2, 2]
     estimates = torch.randn(3, 6, 2, 3, generator=torch.Generator().manual_seed(0))
     turned = SeenReferences.of(
-        LEVELS[::-1], estimates.flip(0), labels=LABELS, captions=LABELS, unsafe=frozenset({"axe", "bomb"}), components=4
+        LEVELS[::-1],
+        estimates.flip(0),
+        labels=LABELS,
+        captions=LABELS,
+        unsafe=frozenset({"axe", "bomb"}),
+        space=SPACE,
+        components=4,
     )
     torch.testing.assert_close(turned.log_snr, references.log_snr)
     torch.testing.assert_close(
@@ -102,6 +110,7 @@ def test_saved_references_load_equal_and_other_files_are_refused(tmp_path):
     references, _ = made()
     references.save(tmp_path / "seen.safetensors")
     loaded = SeenReferences.load(tmp_path / "seen.safetensors")
+    assert loaded.space == SPACE
     assert (loaded.labels, loaded.captions, loaded.unsafe) == (
         references.labels,
         references.captions,
@@ -110,7 +119,9 @@ def test_saved_references_load_equal_and_other_files_are_refused(tmp_path):
     torch.testing.assert_close(loaded.points, references.points, rtol=1e-3, atol=1e-3)
     space = Space(encoder="pixels", shape=(2,))
     NegationSet(latents=torch.ones(1, 2), space=space).save(tmp_path / "set.safetensors")
-    for name in ("set.safetensors", "missing.safetensors"):
+    broken = replace(references, points=references.points * math.nan)
+    broken.save(tmp_path / "nan.safetensors")
+    for name in ("set.safetensors", "missing.safetensors", "nan.safetensors"):
         with pytest.raises(NegationFileError, match="expected"):
             SeenReferences.load(tmp_path / name)
 
@@ -199,8 +210,7 @@ class Fixed(Seen):
 
 def released(strength=1.0, **more):
     references, estimates = made()
-    space = Space(encoder="pixels", shape=(2, 3))
-    negation = NegationSet(latents=estimates[0, :1], space=space)
+    negation = NegationSet(latents=estimates[0, :1], space=SPACE)
     return ConditionalRelease(
         negation=negation, weight=Fixed(references=references), strength=strength, gate=0.5, **more
     )
@@ -263,6 +273,7 @@ def test_calibration_lets_the_stated_share_of_held_out_safe_references_reach_one
         labels=labels,
         captions=labels,
         unsafe=frozenset(label for label in labels if label.startswith("unsafe")),
+        space=SPACE,
         components=6,
     )
     share = 0.1
@@ -289,6 +300,23 @@ class Certain(Seen):
         return torch.full((len(estimate),), math.inf)
 
 
+def nothing_like(space):
+    """References in some pipeline's space, for evidence that does not look at them."""
+    estimates = torch.randn(1, 2, *space.shape, generator=torch.Generator().manual_seed(0))
+    names = ("axe", "pear")
+    return SeenReferences.of(
+        [0.0], estimates, labels=names, captions=names, unsafe=frozenset({"axe"}), space=space, components=1
+    )
+
+
+def test_references_of_another_space_are_refused_when_the_guard_is_built():
+    other = Space(encoder="pixels", shape=(3, 2))
+    with pytest.raises(NegationMismatch, match="encode the pictures again"):
+        ConditionalRelease(
+            negation=NegationSet(latents=torch.zeros(1, 3, 2), space=other), weight=Seen(references=made()[0])
+        )
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "pixart"])
 def test_a_sample_released_from_the_first_step_is_the_fallback_prompts_own_picture(kind):
     """With w = 1 throughout, equation (12) is plain guidance under the other prompt."""
@@ -297,7 +325,7 @@ def test_a_sample_released_from_the_first_step_is_the_fallback_prompts_own_pictu
     space = encoder_of(pipe).space
     negation = NegationSet(latents=torch.zeros(1, *space.shape), space=space)
     guard = ConditionalRelease(
-        negation=negation, weight=Certain(references=made()[0]), strength=1.0, gate=0.5, fallback="a dog"
+        negation=negation, weight=Certain(references=nothing_like(space)), strength=1.0, gate=0.5, fallback="a dog"
     )
 
     def drawn(prompt, *guards):

@@ -117,5 +117,6 @@ def see(
         labels=labels,
         captions=[caption(label) for label in labels],
         unsafe=frozenset(negation.labels),
+        space=negation.space,
         components=components,
     )

@@ -51,6 +51,7 @@ class Seen(Weight):
 
     Raises:
         InvalidInput: For values outside these ranges.
+        NegationMismatch: If the guard's negation set lives in another space (when the guard is built).
 
     Cost:
         No network evaluation; a projection of ``D × k`` and a ``(batch, n)`` distance matrix in ``k`` dimensions.
@@ -86,6 +87,9 @@ class Seen(Weight):
             raise InvalidInput(f"Seen: expected 0 < until <= 1, got {self.until}")
         if (len(self.centre), len(self.scale)) != (levels, levels) or min(self.scale) <= 0.0:
             raise InvalidInput(f"Seen: expected a centre and a scale > 0 for each of {levels} levels, got others")
+
+    def check(self, negation: NegationSet) -> None:
+        negation.space.require(self.references.space)
 
     @classmethod
     def calibrated(

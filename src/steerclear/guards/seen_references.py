@@ -12,10 +12,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from steerclear.errors import InvalidInput, NegationFileError
+from steerclear.negation import Space
 from steerclear.negation.files import replace
 from steerclear.noise import NoiseLevel
 
 FORMAT = "steerclear.seen.1"
+LARGEST = 1 << 30  # bytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +32,7 @@ class SeenReferences:
         labels: One per reference.
         captions: The prompt under which each was denoised.
         unsafe: Which labels are to be steered away from; the others are safe.
+        space: Where the estimates live: the sampler's space of the pipeline.
         spacing: :math:`h_t` of every level, median distance of a reference to the nearest one with another label.
         flagged: Which references are unsafe, boolean ``(n,)``.
 
@@ -44,14 +47,21 @@ class SeenReferences:
     labels: tuple[str, ...]
     captions: tuple[str, ...]
     unsafe: frozenset[str]
+    space: Space
     spacing: tuple[float, ...] = field(init=False, repr=False)
     flagged: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.points.ndim != 3:
+            raise InvalidInput(f"SeenReferences: expected points (levels, n, k), got shape {tuple(self.points.shape)}")
         levels, n, k = self.points.shape
         expected = ((levels,), (k,), n, n)
         got = (tuple(self.log_snr.shape), tuple(self.basis.shape[1:]), len(self.labels), len(self.captions))
-        if expected != got or self.mean.shape != self.basis.shape[:1]:
+        if (
+            expected != got
+            or self.mean.shape != self.basis.shape[:1]
+            or self.mean.numel() != math.prod(self.space.shape)
+        ):
             raise InvalidInput(f"SeenReferences: expected levels, components and labels {expected}, got {got}")
         flagged = torch.tensor([label in self.unsafe for label in self.labels])
         object.__setattr__(self, "flagged", flagged)
@@ -68,6 +78,7 @@ class SeenReferences:
         labels: Sequence[str],
         captions: Sequence[str],
         unsafe: frozenset[str],
+        space: Space,
         components: int,
     ) -> "SeenReferences":
         """From estimates ``(K, n, *shape)`` of ``n`` noised references at ``K`` levels.
@@ -90,6 +101,7 @@ class SeenReferences:
             labels=tuple(labels),
             captions=tuple(captions),
             unsafe=unsafe,
+            space=space,
         )
 
     def only(self, unsafe: frozenset[str], safe: frozenset[str] | None = None) -> "SeenReferences":
@@ -103,6 +115,7 @@ class SeenReferences:
             labels=tuple(self.labels[i] for i in keep),
             captions=tuple(self.captions[i] for i in keep),
             unsafe=unsafe,
+            space=self.space,
         )
 
     def level(self, level: NoiseLevel) -> int:
@@ -120,7 +133,8 @@ class SeenReferences:
         """Write to ``path`` (safetensors, float16); the file is replaced as a whole."""
         tensors = {"mean": self.mean, "basis": self.basis, "points": self.points}
         content = {name: value.half().contiguous() for name, value in tensors.items()}
-        names = {"labels": self.labels, "captions": self.captions, "unsafe": sorted(self.unsafe)}
+        space = {"encoder": self.space.encoder, "shape": self.space.shape, "name": self.space.name}
+        names = {"labels": self.labels, "captions": self.captions, "unsafe": sorted(self.unsafe), "space": space}
         metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in names.items()}}
         replace(Path(path), save({**content, "log_snr": self.log_snr.float()}, metadata=metadata))
 
@@ -132,15 +146,21 @@ class SeenReferences:
             NegationFileError: If the file is missing, damaged, or something else.
         """
         try:
+            if Path(path).stat().st_size > LARGEST:
+                raise NegationFileError(f"{path}: expected at most {LARGEST >> 20} MiB, got more; see fewer references")
             with safe_open(path, "pt") as file:
                 metadata: Mapping[str, str] = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise NegationFileError(f"{path}: expected a file of {FORMAT!r}, got {metadata.get('format')!r}")
                 tensors = {name: file.get_tensor(name).float() for name in ("log_snr", "mean", "basis", "points")}
-                labels, captions, unsafe = (json.loads(metadata[key]) for key in ("labels", "captions", "unsafe"))
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+                names = {key: json.loads(metadata[key]) for key in ("labels", "captions", "unsafe", "space")}
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                raise NegationFileError(f"{path}: expected finite numbers, got NaN or infinity; make the file again")
+            labels, captions, unsafe = (tuple(map(str, names[key])) for key in ("labels", "captions", "unsafe"))
+            space = Space(**{**names["space"], "shape": tuple(names["space"]["shape"])})
+            return cls(**tensors, labels=labels, captions=captions, unsafe=frozenset(unsafe), space=space)
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, InvalidInput) as error:
             raise NegationFileError(f"{path}: expected references seen through a model, got {error}") from error
-        return cls(**tensors, labels=tuple(labels), captions=tuple(captions), unsafe=frozenset(unsafe))
 
 
 def _spacing(points: Tensor, labels: Sequence[str]) -> tuple[float, ...]:
