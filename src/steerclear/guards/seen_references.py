@@ -157,7 +157,8 @@ class SeenReferences:
             if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                 raise NegationFileError(f"{path}: expected finite numbers, got NaN or infinity; make the file again")
             labels, captions, unsafe = (tuple(map(str, names[key])) for key in ("labels", "captions", "unsafe"))
-            space = Space(**{**names["space"], "shape": tuple(names["space"]["shape"])})
+            stored = names["space"]
+            space = Space(encoder=stored["encoder"], shape=tuple(stored["shape"]), name=stored["name"])
             return cls(**tensors, labels=labels, captions=captions, unsafe=frozenset(unsafe), space=space)
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, InvalidInput) as error:
             raise NegationFileError(f"{path}: expected references seen through a model, got {error}") from error
