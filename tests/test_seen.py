@@ -1,19 +1,20 @@
 """References as the model denoises them: the walk along noised references, the evidence, the prompt obeyed instead."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from steerclear import ConditionalRelease, NegationSet, Seen, SeenReferences, see
 from steerclear.attach.api import attach
 from steerclear.attach.space import encoder_of
 from steerclear.attach.walk import Walk, walk
 from steerclear.denoise import DenoiseState
-from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch
+from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch, UnsoundCombination
 from steerclear.negation import Space
 from steerclear.noise import NoiseLevel
 from steerclear.testing.pipelines import tiny_call, tiny_pipeline
@@ -119,11 +120,35 @@ def test_saved_references_load_equal_and_other_files_are_refused(tmp_path):
     torch.testing.assert_close(loaded.points, references.points, rtol=1e-3, atol=1e-3)
     space = Space(encoder="pixels", shape=(2,))
     NegationSet(latents=torch.ones(1, 2), space=space).save(tmp_path / "set.safetensors")
-    broken = replace(references, points=references.points * math.nan)
-    broken.save(tmp_path / "nan.safetensors")
-    for name in ("set.safetensors", "missing.safetensors", "nan.safetensors"):
+    for name in ("set.safetensors", "missing.safetensors"):
         with pytest.raises(NegationFileError, match="expected"):
             SeenReferences.load(tmp_path / name)
+
+
+def test_damaged_references_are_refused_when_they_are_loaded(tmp_path):
+    references, _ = made()
+    whole, path = tmp_path / "seen.safetensors", tmp_path / "damaged.safetensors"
+    references.save(whole)
+    with safe_open(whole, "pt") as file:
+        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    damage = [
+        ({"points": tensors["points"] * math.nan}, {}),
+        ({"basis": tensors["basis"] * math.inf}, {}),
+        ({"points": tensors["points"][0]}, {}),
+        ({"points": tensors["points"] * 0}, {}),
+        ({"log_snr": tensors["log_snr"].flip(0)}, {}),
+        ({"mean": tensors["mean"][:-1]}, {}),
+        ({}, {"labels": "null"}),
+        ({}, {"labels": '"axe"'}),
+        ({}, {"labels": '[["axe"]]'}),
+        ({}, {"space": "[]"}),
+        ({}, {"unsafe": '["no such label"]'}),
+    ]
+    for changed, said in damage:
+        content = {name: value.contiguous() for name, value in {**tensors, **changed}.items()}
+        save_file(content, path, metadata={**metadata, **said})
+        with pytest.raises(NegationFileError, match="expected"):
+            SeenReferences.load(path)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
@@ -336,3 +361,50 @@ def test_a_sample_released_from_the_first_step_is_the_fallback_prompts_own_pictu
     own, other, released = drawn("a cat"), drawn("a dog"), drawn("a cat", guard)
     assert not torch.allclose(own, other, atol=1e-3)
     torch.testing.assert_close(released, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_trajectory_that_begins_after_the_levels_that_are_read_is_refused():
+    weight = Seen(references=made()[0], until=0.5)  # two of three levels
+    x = torch.zeros(1, 2, 3)
+    with pytest.raises(UnsoundCombination, match=r"begins after them.*until=1\.0"):
+        weight.evidence(None, x, state_at(2.0, 1), "guard")
+    memory = {}
+    weight.evidence(None, x, state_at(-2.0, 1, memory=memory), "guard")
+    assert weight.evidence(None, x, state_at(2.0, 1, memory=memory), "guard").tolist() == [-math.inf]
+
+
+def test_a_weight_that_is_not_a_number_is_an_error_and_not_an_unguarded_picture():
+    class Broken(Certain):
+        def evidence(self, negation, estimate, state, owner):
+            return torch.full((len(estimate),), math.nan)
+
+    pipe = tiny_pipeline("sd")
+    pipe.set_progress_bar_config(disable=True)
+    space = encoder_of(pipe).space
+    negation = NegationSet(latents=torch.zeros(1, *space.shape), space=space)
+    guard = ConditionalRelease(negation=negation, weight=Broken(references=nothing_like(space)), gate=0.5)
+    with pytest.raises(InvalidInput, match="NaN"), attach(pipe, guard):
+        pipe(**tiny_call("sd"))
+
+
+def test_two_releases_of_one_trajectory_are_refused():
+    x = torch.randn(1, 2, 3)
+    state = state_at(
+        0.0,
+        1,
+        branches={"conditional": x, "unconditional": x},
+        guidance_scale=2.0,
+        memory={"odds": torch.tensor([-3.0])},
+    )
+    guard = released()
+    guard(x, state)
+    guard(x, state)
+    with pytest.raises(UnsoundCombination, match="two conditional releases"):
+        released()(x, state)
+
+
+def test_references_of_other_labels_than_the_negation_set_are_refused():
+    negation = NegationSet(latents=torch.zeros(1, 2, 3), space=SPACE, labels=("axe",))
+    with pytest.raises(UnsoundCombination, match="bomb"):
+        ConditionalRelease(negation=negation, weight=Seen(references=made()[0]))
+    ConditionalRelease(negation=negation, weight=Seen(references=made()[0].only(frozenset({"axe"}))))

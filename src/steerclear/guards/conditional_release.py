@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from steerclear.denoise import DenoiseState
-from steerclear.errors import InvalidInput
+from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.base import Requires
 from steerclear.guards.tracking import wide
 from steerclear.guards.weights import Weight
@@ -67,11 +67,12 @@ class ConditionalRelease:
     Raises:
         InvalidInput: For values outside these ranges.
         NegationMismatch, UnsoundCombination: If the weight's references do not go with the negation set; from the
-            pipeline's call, if it runs without classifier-free guidance.
+            pipeline's call, if it runs without classifier-free guidance, or under two conditional releases.
 
     Cost:
         That of the weight; with ``max_beta`` twice that and a posterior. No network evaluation, except that a
-        ``fallback`` takes one for the batch at every step in which a sample is released (and waits for the device).
+        ``fallback`` takes one for the batch at every step in which a sample is released, and to see whether one is, the
+        host waits for the device at every step.
 
     Equal to:
         The identity at ``strength=0`` and for every sample whose weight stays below ``gate``.
@@ -99,6 +100,7 @@ class ConditionalRelease:
         return Requires(branches=True, negation=(self.negation,)) | self.weight.requires
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
+        self._alone(state)
         conditional, unconditional = (wide(state.branches[name]) for name in ("conditional", "unconditional"))
         weight = self.weight.evidence(self.negation, conditional, state, (self, "conditional")).sigmoid()
         released = self._latched(weight, state)
@@ -115,11 +117,19 @@ class ConditionalRelease:
             moved = moved + scale * share.clamp_max(1.0) * (instead - unconditional)
         if self.max_beta > 0.0:
             moved = moved + self._safe_push(unconditional, state)
-        return torch.where(per_sample(released > 0.0, x), moved.to(denoised.dtype), denoised)
+        # NaN is not "nothing to do": it is passed on, and the layer raises.
+        return torch.where(per_sample(~(released <= 0.0), x), moved.to(denoised.dtype), denoised)
+
+    def _alone(self, state: DenoiseState) -> None:
+        if state.memory.setdefault(ConditionalRelease, self) is not self:
+            raise UnsoundCombination(
+                "two conditional releases guard the same trajectory: both would take the prompt away, and give two "
+                "others in its place. Use one over both sets: zoo.guard([a, b]), or a.add(b) for negation sets"
+            )
 
     def _latched(self, weight: Tensor, state: DenoiseState) -> Tensor:
         r""":math:`1 - r`: strength times the highest weight so far that reached the gate."""
-        counted = torch.where(weight >= self.gate, weight, torch.zeros_like(weight))
+        counted = torch.where(weight < self.gate, torch.zeros_like(weight), weight)
         highest = state.memory.get((self, "highest"))
         highest = counted if highest is None else torch.maximum(highest, counted)
         state.memory[(self, "highest")] = highest
@@ -127,8 +137,12 @@ class ConditionalRelease:
 
     def _instead(self, released: Tensor, conditional: Tensor, state: DenoiseState) -> Tensor | None:
         """The fallback's estimate at this step, if any sample is released."""
-        if self.fallback is None or not bool((released > 0.0).any()) or state.denoise is None:
+        if self.fallback is None or not bool((released > 0.0).any()):
             return None
+        if state.denoise is None:
+            raise UnsoundCombination(
+                "ConditionalRelease: expected a sampler that can evaluate another prompt; leave out the fallback"
+            )
         if isinstance(self.fallback, str):
             return wide(state.denoise(state.x_t, state.level, self.fallback))
         prompts: list[str | None] = state.memory.setdefault((self, "fallback"), [None] * len(released))

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from steerclear.denoise import DenoiseState
-from steerclear.errors import InvalidInput
+from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.seen_references import SeenReferences
 from steerclear.guards.weights import Weight, logit
 from steerclear.negation import NegationSet, Posterior
@@ -51,7 +51,8 @@ class Seen(Weight):
 
     Raises:
         InvalidInput: For values outside these ranges.
-        NegationMismatch: If the guard's negation set lives in another space (when the guard is built).
+        NegationMismatch, UnsoundCombination: If the guard's negation set lives in another space, or has other labels
+            (when the guard is built); from the pipeline's call, if a trajectory begins after the levels that are read.
 
     Cost:
         No network evaluation; a projection of ``D × k`` and a ``(batch, n)`` distance matrix in ``k`` dimensions.
@@ -90,6 +91,13 @@ class Seen(Weight):
 
     def check(self, negation: NegationSet) -> None:
         negation.space.require(self.references.space)
+        named = frozenset(negation.labels) - {""}
+        if named and named != self.references.unsafe:
+            raise UnsoundCombination(
+                "Seen: expected references of the negation set's labels, got others "
+                f"({', '.join(sorted(named ^ self.references.unsafe)[:3])} in one of the two only); pick them: "
+                "SeenReferences.only(frozenset(negation.labels))"
+            )
 
     @classmethod
     def calibrated(
@@ -146,10 +154,23 @@ class Seen(Weight):
         return math.ceil(self.until * len(self.references.log_snr))
 
     def evidence(self, negation: NegationSet, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
+        self._started(state, owner)
         return self.odds(estimate, state.level)
 
     def log_odds(self, unsafe: Posterior, denoised: Tensor, state: DenoiseState, owner: object) -> Tensor:
+        self._started(state, owner)
         return self.odds(denoised, state.level)
+
+    def _started(self, state: DenoiseState, owner: object) -> None:
+        """A trajectory that begins where nothing is read any more would pass unguarded."""
+        if (owner, Seen) in state.memory:
+            return
+        if self.references.level(state.level) >= self.read:
+            raise UnsoundCombination(
+                f"Seen reads the noisiest {self.until:.0%} of the levels, but this trajectory begins after them (image "
+                "to image, a refiner, other timesteps). Start from more noise, or use Seen.calibrated(..., until=1.0)"
+            )
+        state.memory[(owner, Seen)] = True
 
     def odds(self, estimate: Tensor, level: NoiseLevel) -> Tensor:
         """Log-odds of an estimate at a noise level, ``(batch,)``."""

@@ -5,19 +5,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from steerclear.errors import InvalidInput, NegationFileError
+from steerclear.errors import InvalidInput, NegationFileError, UnsoundCombination
 from steerclear.negation import Space
 from steerclear.negation.files import replace
 from steerclear.noise import NoiseLevel
 
 FORMAT = "steerclear.seen.1"
 LARGEST = 1 << 30  # bytes
+MOST = 10_000  # references: their distances are compared pair by pair
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,19 +57,26 @@ class SeenReferences:
         if self.points.ndim != 3:
             raise InvalidInput(f"SeenReferences: expected points (levels, n, k), got shape {tuple(self.points.shape)}")
         levels, n, k = self.points.shape
-        expected = ((levels,), (k,), n, n)
-        got = (tuple(self.log_snr.shape), tuple(self.basis.shape[1:]), len(self.labels), len(self.captions))
-        if (
-            expected != got
-            or self.mean.shape != self.basis.shape[:1]
-            or self.mean.numel() != math.prod(self.space.shape)
-        ):
-            raise InvalidInput(f"SeenReferences: expected levels, components and labels {expected}, got {got}")
+        dim = math.prod(self.space.shape)
+        expected = ((levels,), (dim,), (dim, k), n, n)
+        shapes = (tuple(tensor.shape) for tensor in (self.log_snr, self.mean, self.basis))
+        got = (*shapes, len(self.labels), len(self.captions))
+        if expected != got:
+            raise InvalidInput(f"SeenReferences: expected levels, mean, basis, labels, captions {expected}, got {got}")
+        if not 0 < n <= MOST or levels < 1:
+            raise InvalidInput(f"SeenReferences: expected levels and 1 to {MOST} references, got {levels} and {n}")
+        tensors = (self.log_snr, self.mean, self.basis, self.points)
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors) or bool((self.log_snr.diff() <= 0.0).any()):
+            raise InvalidInput(
+                "SeenReferences: expected finite numbers and ascending log-SNR, got others; make them again"
+            )
         flagged = torch.tensor([label in self.unsafe for label in self.labels])
         object.__setattr__(self, "flagged", flagged)
         if not 0 < (unsafe := int(flagged.sum())) < n:
             raise InvalidInput(f"SeenReferences: expected unsafe and safe references, got {unsafe} unsafe of {n}")
         object.__setattr__(self, "spacing", _spacing(self.points, self.labels))
+        if not all(0.0 < spacing < math.inf for spacing in self.spacing):
+            raise InvalidInput("SeenReferences: expected references that differ at every level, got equal ones")
 
     @classmethod
     def of(
@@ -119,7 +128,15 @@ class SeenReferences:
         )
 
     def level(self, level: NoiseLevel) -> int:
-        """The level nearest to ``level`` on the scale of log-SNR."""
+        """The level nearest to ``level`` on the scale of log-SNR.
+
+        Raises:
+            UnsoundCombination: If the samples of the batch are at levels of their own.
+        """
+        if any(isinstance(value, Tensor) and value.numel() > 1 for value in (level.alpha, level.sigma)):
+            raise UnsoundCombination(
+                "Seen compares a batch at one noise level, got one per sample; use TwoSample(bandwidth=...)"
+            )
         alpha, sigma = (float(torch.as_tensor(value).float().mean()) for value in (level.alpha, level.sigma))
         log_snr = math.log(max(alpha, 1e-12)) - math.log(max(sigma, 1e-12))
         return int((self.log_snr - log_snr).abs().argmin())
@@ -154,14 +171,18 @@ class SeenReferences:
                     raise NegationFileError(f"{path}: expected a file of {FORMAT!r}, got {metadata.get('format')!r}")
                 tensors = {name: file.get_tensor(name).float() for name in ("log_snr", "mean", "basis", "points")}
                 names = {key: json.loads(metadata[key]) for key in ("labels", "captions", "unsafe", "space")}
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                raise NegationFileError(f"{path}: expected finite numbers, got NaN or infinity; make the file again")
-            labels, captions, unsafe = (tuple(map(str, names[key])) for key in ("labels", "captions", "unsafe"))
+            labels, captions, unsafe = (_words(names[key]) for key in ("labels", "captions", "unsafe"))
             stored = names["space"]
             space = Space(encoder=stored["encoder"], shape=tuple(stored["shape"]), name=stored["name"])
             return cls(**tensors, labels=labels, captions=captions, unsafe=frozenset(unsafe), space=space)
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, InvalidInput) as error:
             raise NegationFileError(f"{path}: expected references seen through a model, got {error}") from error
+
+
+def _words(value: Any) -> tuple[str, ...]:  # noqa: ANN401  (JSON)
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in cast("list[Any]", value)):
+        raise InvalidInput("expected a list of texts")
+    return tuple(cast("list[str]", value))
 
 
 def _spacing(points: Tensor, labels: Sequence[str]) -> tuple[float, ...]:

@@ -160,7 +160,7 @@ class TrackedRelease:
 
     def _fired(self, weight: Tensor, state: DenoiseState) -> Tensor:
         """Whether a weight of the sample has reached the gate by now."""
-        reached = weight >= self.gate
+        reached = ~(weight < self.gate)  # NaN is passed on, and the layer raises
         before = state.memory.get((self, "fired"))
         fired = reached if before is None else reached | before
         state.memory[(self, "fired")] = fired
