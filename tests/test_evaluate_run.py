@@ -421,3 +421,17 @@ def test_parts_say_what_made_them(whole):
 def test_a_task_is_a_plain_value():
     assert replace(task(), seeds=(3,)).total == 7 * 3
     assert isinstance(task(), Task)
+
+
+def test_a_scheduler_whose_settings_are_infinite_can_be_described():
+    """DPM-Solver clips its lambda at minus infinity, which JSON does not know."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    from steerclear.testing.pipelines import tiny_pipeline
+
+    pipe = tiny_pipeline("sd")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    assert pipe.scheduler.config.lambda_min_clipped == -float("inf")
+    config = model(pipe)["config"]
+    assert config["lambda_min_clipped"] == "-inf"
+    json.dumps(config, allow_nan=False)

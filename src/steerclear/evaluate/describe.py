@@ -79,7 +79,7 @@ def model(pipe: Any) -> dict[str, Any]:  # noqa: ANN401  (some diffusers pipelin
                     total.update(_bytes(tensor.detach().flatten()[spread.to(tensor.device)]))
     scheduler: Any = parts.get("scheduler")
     config = {k: v for k, v in getattr(scheduler, "config", {}).items() if not k.startswith("_")}
-    plain = json.loads(json.dumps(config, sort_keys=True, default=str))
+    plain = _finite(json.loads(json.dumps(config, sort_keys=True, default=str)))
     kind = type(pipe).__name__.removeprefix("Guarded")
     return {"pipeline": kind, "scheduler": type(scheduler).__name__, "config": plain, "weights": total.hexdigest()}
 
@@ -93,6 +93,15 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:  # noqa: ANN40
     if old == new:
         return []
     return [f"{path.lstrip('.')}: {_short(old)} there, {_short(new)} here"]
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  (any JSON value)
+    """Infinities, which schedulers have as bounds and JSON does not know, as words."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in cast("list[Any]", value)]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: Any) -> str:  # noqa: ANN401  (any JSON value)
