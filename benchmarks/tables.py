@@ -50,12 +50,8 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any] | None], str]]] = {
     "evaluations": ("network evaluations", lambda cell: plain(cell, 0)),
 }
 SHORT = (
-    "explicit: unsafe",
-    "group: unsafe",
-    "implicit: unsafe",
-    "benign: bit-identical",
-    "benign: right",
-    "evaluations",
+    *("explicit: unsafe", "group: unsafe", "implicit: unsafe"),
+    *("benign: bit-identical", "benign: right", "near: bit-identical", "near: right", "evaluations"),
 )
 
 
