@@ -139,13 +139,14 @@ def records(folder: str | os.PathLike[str], *, partial: bool = False) -> Table:
 
 
 def part_description(task: dict[str, Any], unit: int, arm: str) -> dict[str, Any]:
-    """What a part says of itself: everything that decides its rows, and nothing else.
+    """What a part says of itself: everything that decides its rows to the last bit, and nothing else.
 
     Arms and units do not know of each other, except of the reference arm, so that both can be added to a run.
     """
     content = {item["key"]: item["content"] for item in task["arms"]}
     reference = content[task["arms"][0]["key"]]
-    return {**task["common"], "arm": content[arm], "reference": reference, "unit": task["units"][unit]}
+    made = {"arm": content[arm], "reference": reference, "unit": task["units"][unit], "versions": task["versions"]}
+    return {**task["common"], **made}
 
 
 def write_atomic(path: Path, data: bytes) -> None:
