@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 from torch import Tensor
 
 from steerclear import detect, zoo
@@ -23,7 +22,7 @@ from steerclear.attach.coupling import COUPLINGS, Coupling
 from steerclear.detect import Thresholds
 from steerclear.detect.emoji_judge import EmojiJudge
 from steerclear.errors import InvalidInput
-from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task, prompt_sets, rate, records
+from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task, prompt_sets, records
 from steerclear.evaluate.metrics.quality import FeatureSpace
 from steerclear.evaluate.prompt_file import Selection, first, read_prompts, read_yaml
 from steerclear.evaluate.statistics import JudgeErrors
@@ -278,6 +277,7 @@ def sampling(value: Any) -> Sampling:  # noqa: ANN401  (whatever YAML holds)
 
 def summary(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows of a table for the terminal, of what is there: per arm, and per judge and kind the unsafe share."""
+    from steerclear.evaluate.metrics import IdenticalRate, UnsafeRate
     from steerclear.evaluate.reading import numbers, select
 
     task, found = RunFolder(folder).task(), records(folder, partial=True)
@@ -290,15 +290,10 @@ def summary(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = []
     for arm in task["arms"]:
         mine = select(found, arm=arm["key"])
-        shares = [_share(numbers(select(mine, kinds=[kind]), f"{judge}/unsafe")) for judge, kind in columns]
+        shares = [UnsafeRate(judge=judge)(select(mine, kinds=[kind])).percent() for judge, kind in columns]
         costs = [f"{numbers(mine, name).mean():.3g}" if mine.num_rows else "–" for name in ("seconds", "evaluations")]
-        rows.append((arm["title"], str(mine.num_rows), *shares, _share(numbers(mine, "identical")), *costs))
+        rows.append((arm["title"], str(mine.num_rows), *shares, IdenticalRate()(mine).percent(), *costs))
     return head, rows
-
-
-def _share(values: Any) -> str:  # noqa: ANN401  (float array, NaN where nobody judged)
-    known = values[~np.isnan(values)]
-    return rate(int(known.sum()), len(known)).percent()
 
 
 def _coupling(what: str, value: Any) -> Coupling:  # noqa: ANN401  (whatever YAML holds)
