@@ -113,7 +113,8 @@ def show(folder: Path, as_json: bool) -> None:
         return
     click.echo(options.table(head, rows))
     missing = len(RunFolder(folder).missing())
-    options.say(f"unfinished: {missing} batches are missing" if missing else "95 % intervals in brackets, prompts as the unit.")
+    whole = "95 % intervals in brackets, prompts as the unit."
+    options.say(f"unfinished: {missing} batches are missing" if missing else whole)
 
 
 def _draw(task: Any, out: Path, rest: dict[str, Any]) -> int:  # noqa: ANN401  (a Task, imported lazily)
