@@ -408,3 +408,12 @@ def test_references_of_other_labels_than_the_negation_set_are_refused():
     with pytest.raises(UnsoundCombination, match="bomb"):
         ConditionalRelease(negation=negation, weight=Seen(references=made()[0]))
     ConditionalRelease(negation=negation, weight=Seen(references=made()[0].only(frozenset({"axe"}))))
+
+
+def test_samples_at_levels_of_their_own_are_refused_by_the_comparison_and_by_the_walk():
+    own = NoiseLevel(torch.tensor([1.0, 0.5]), torch.tensor([0.1, 0.9]))
+    with pytest.raises(UnsoundCombination, match="one per sample"):
+        made()[0].level(own)
+    state = DenoiseState(x_t=torch.zeros(2, 2, 3), level=own, step=0, num_steps=3)
+    with pytest.raises(UnsoundCombination, match="one per sample"):
+        Walk(torch.zeros(2, 2, 3))(torch.zeros(2, 2, 3), state)

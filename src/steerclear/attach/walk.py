@@ -6,7 +6,6 @@ that was there), whatever the scheduler and the prediction type. At every step t
 prompt: its conditional estimate is the reference as the model denoises it.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from steerclear.attach.api import attach
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput
 from steerclear.guards.base import Requires
-from steerclear.guards.seen_references import SeenReferences
+from steerclear.guards.seen_references import SeenReferences, log_snr_of
 from steerclear.negation import NegationSet
 
 
@@ -32,10 +31,7 @@ class Walk:
     requires: Requires = field(default_factory=lambda: Requires(branches=True, one_call=True))
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor:
-        alpha, sigma = (
-            float(torch.as_tensor(value).float().mean()) for value in (state.level.alpha, state.level.sigma)
-        )
-        self.log_snr.append(math.log(max(alpha, 1e-12)) - math.log(max(sigma, 1e-12)))
+        self.log_snr.append(log_snr_of(state.level))
         self.estimates.append(state.branches["conditional"].detach().cpu().half())
         return self.references.to(denoised)
 

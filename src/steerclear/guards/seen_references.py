@@ -128,18 +128,8 @@ class SeenReferences:
         )
 
     def level(self, level: NoiseLevel) -> int:
-        """The level nearest to ``level`` on the scale of log-SNR.
-
-        Raises:
-            UnsoundCombination: If the samples of the batch are at levels of their own.
-        """
-        if any(isinstance(value, Tensor) and value.numel() > 1 for value in (level.alpha, level.sigma)):
-            raise UnsoundCombination(
-                "Seen compares a batch at one noise level, got one per sample; use TwoSample(bandwidth=...)"
-            )
-        alpha, sigma = (float(torch.as_tensor(value).float().mean()) for value in (level.alpha, level.sigma))
-        log_snr = math.log(max(alpha, 1e-12)) - math.log(max(sigma, 1e-12))
-        return int((self.log_snr - log_snr).abs().argmin())
+        """The level nearest to ``level`` on the scale of log-SNR; see :func:`log_snr_of`."""
+        return int((self.log_snr - log_snr_of(level)).abs().argmin())
 
     def project(self, estimate: Tensor) -> Tensor:
         """Components of estimates ``(batch, *shape)``: ``(batch, k)``."""
@@ -177,6 +167,19 @@ class SeenReferences:
             return cls(**tensors, labels=labels, captions=captions, unsafe=frozenset(unsafe), space=space)
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, InvalidInput) as error:
             raise NegationFileError(f"{path}: expected references seen through a model, got {error}") from error
+
+
+def log_snr_of(level: NoiseLevel) -> float:
+    r""":math:`\log(\alpha/\sigma)` of a level that the whole batch shares.
+
+    Raises:
+        UnsoundCombination: If the samples of the batch are at levels of their own.
+    """
+    if any(isinstance(value, Tensor) and value.numel() > 1 for value in (level.alpha, level.sigma)):
+        raise UnsoundCombination(
+            "Seen compares a batch at one noise level, got one per sample; use TwoSample(bandwidth=...)"
+        )
+    return math.log(max(float(level.alpha), 1e-12)) - math.log(max(float(level.sigma), 1e-12))
 
 
 def _words(value: Any) -> tuple[str, ...]:  # noqa: ANN401  (JSON)
