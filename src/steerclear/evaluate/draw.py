@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from steerclear.attach import Trace, attach
 from steerclear.attach.calls import network
 from steerclear.errors import GuardNotApplied, SteerclearError, UnsupportedPipeline
+from steerclear.evaluate.request import request
 from steerclear.evaluate.task import Arm, Sampling, Unit
 from steerclear.guards.base import Guard
 
@@ -43,9 +44,9 @@ def draw(pipe: Any, sampling: Sampling, arm: Arm, guard: Guard | None, unit: Uni
     """Draws one unit with one arm. The pictures depend on the arguments alone: every picture has its own generator.
 
     Args:
-        pipe: A text-to-image pipeline.
+        pipe: A pipeline that draws pictures from text, from class labels or from nothing.
         sampling: How.
-        arm: Its negative prompt, prompt guard and coupling.
+        arm: Its negative prompt, prompt guard, coupling and weights.
         guard: As the arm built it for ``pipe``.
         unit: What.
 
@@ -66,19 +67,16 @@ def _draw(pipe: Any, sampling: Sampling, arm: Arm, guard: Guard | None, unit: Un
     size = len(unit.pairs)
     call: dict[str, Any] = {
         **sampling.call,
-        "prompt": [prompt.text for prompt, _ in unit.pairs],
+        **request(pipe, [prompt for prompt, _ in unit.pairs], cfg=unit.cfg, negative=arm.negative_prompt),
         "generator": [torch.Generator("cpu").manual_seed(seed) for _, seed in unit.pairs],
         "num_inference_steps": sampling.steps,
-        "guidance_scale": unit.cfg,
         "output_type": "np",
     }
-    if arm.negative_prompt is not None:
-        call["negative_prompt"] = [arm.negative_prompt] * size
     guards = () if guard is None else (guard,)
     guarded = guard is not None or arm.prompts is not None
     attached = attach(pipe, *guards, prompts=arm.prompts, coupling=arm.coupling) if guarded else nullcontext(Trace())
     # Counted and timed inside: attaching may check the pipeline's space, once, with a run of its own.
-    with attached as trace, evaluations(pipe) as rows:
+    with arm.within(pipe), attached as trace, evaluations(pipe) as rows:
         started = time.perf_counter()
         images = pipe(**call).images
         seconds = time.perf_counter() - started
@@ -96,7 +94,7 @@ def _checked(images: Any, size: int) -> Pictures:  # noqa: ANN401  (what some pi
     if pictures.ndim != 4 or pictures.shape[0] != size or pictures.shape[-1] != 3:
         raise UnsupportedPipeline(
             f"expected {size} RGB pictures of shape (batch, height, width, 3), got {pictures.shape}; "
-            "give a text-to-image pipeline"
+            "give a pipeline that draws pictures"
         )
     return np.ascontiguousarray(pictures, dtype=np.float32)
 

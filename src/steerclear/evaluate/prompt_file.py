@@ -4,6 +4,7 @@
 
     prompts:
       - {text: a beer mug, kind: explicit, category: alcohol, expected: [beer mug], half: report}
+      - {text: food and drink, kind: group, draws: 100}        # a class label, drawn 100 times
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from steerclear.evaluate.prompts import Prompt
 
 LARGEST = 16 * 2**20  # bytes of a file
 HALVES = ("dev", "report")
+MOST_DRAWS = 100_000  # of one row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ class Selection:
         Raises:
             InvalidInput: For a row that is no prompt, a kind or category that no row has, or if nothing is left.
         """
-        prompts = [(row.get("half"), _prompt(row, source)) for row in rows]
+        prompts = [(row.get("half"), prompt) for row in rows for prompt in _prompts(row, source)]
         for what, wanted, there in (
             ("kind", self.kinds, {prompt.kind for _, prompt in prompts}),
             ("category", self.categories, {prompt.category for _, prompt in prompts if prompt.category}),
@@ -127,11 +129,19 @@ def read_yaml(path: Path, largest: int) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _prompt(row: Any, source: str) -> Prompt:  # noqa: ANN401  (whatever the file holds)
+def _prompts(row: Any, source: str) -> tuple[Prompt, ...]:  # noqa: ANN401  (whatever the file holds)
+    """The prompt of a row, or as many turns of it as it says under ``draws``."""
     if not isinstance(row, Mapping):
         raise InvalidInput(f"prompt: expected a mapping with text, got {type(row).__name__}")
-    values = {key: value for key, value in cast("Mapping[str, Any]", row).items() if key != "half"}
-    half = cast("Mapping[str, Any]", row).get("half")
+    given = cast("Mapping[str, Any]", row)
+    values = {"source": source, **{key: value for key, value in given.items() if key not in ("half", "draws")}}
+    half, draws = given.get("half"), given.get("draws")
     if half not in (None, *HALVES):
         raise InvalidInput(f"prompt: expected half to be one of {', '.join(HALVES)}, got {half!r}")
-    return Prompt.from_mapping({"source": source, **values})
+    if draws is None:
+        return (Prompt.from_mapping(values),)
+    if type(draws) is not int or not 1 <= draws <= MOST_DRAWS:
+        raise InvalidInput(f"prompt: expected draws from 1 to {MOST_DRAWS}, got {draws!r}")
+    # The two halves must not share a picture.
+    first_turn = MOST_DRAWS if half == "report" else 0
+    return tuple(Prompt.from_mapping({**values, "turn": first_turn + k}) for k in range(draws))

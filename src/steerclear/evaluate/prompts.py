@@ -23,6 +23,8 @@ class Prompt:
         seed: Its own seed, where the prompt set fixes one; used in place of the task's seeds.
         cfg: Its own guidance scale, likewise.
         source: The prompt set that it is from.
+        turn: Tells draws of one text apart, where the text is a class label or empty: there the draw, and not the text,
+            is what intervals count as independent, so every draw has a digest of its own.
 
     Raises:
         InvalidInput: If a field has another type, the text is longer than 10,000 characters, the seed is negative or
@@ -36,6 +38,7 @@ class Prompt:
     seed: int | None = None
     cfg: float | None = None
     source: str = ""
+    turn: int | None = None
 
     def __post_init__(self) -> None:
         words: list[Any] = [self.text, self.kind, self.source, *self.expected]
@@ -44,13 +47,16 @@ class Prompt:
             raise InvalidInput(f"Prompt: expected text of at most {LONGEST} characters, got another type or more")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
             raise InvalidInput(f"Prompt: expected a seed from 0 to 2**63 - 1, got {self.seed!r}")
+        if self.turn is not None and (type(self.turn) is not int or self.turn < 0):
+            raise InvalidInput(f"Prompt: expected a turn of 0 or more, got {self.turn!r}")
         if self.cfg is not None and not math.isfinite(self.cfg):
             raise InvalidInput(f"Prompt: expected a finite guidance scale, got {self.cfg!r}")
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the text, hexadecimal: what a record shows in place of the text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """SHA-256 of the text, and of the turn if there is one, hexadecimal: what a record shows in place of it."""
+        turn = "" if self.turn is None else f"\0{self.turn}"
+        return hashlib.sha256((self.text + turn).encode()).hexdigest()
 
     @classmethod
     def from_mapping(cls, row: Mapping[str, Any]) -> "Prompt":

@@ -215,6 +215,8 @@ def _arm(arm: Arm, guard: Guard | None) -> dict[str, Any]:
         "guard": _built(guard, arm.spec),
         "prompts": None if arm.prompts is None else _built(arm.prompts, arm.spec),
     }
+    if arm.weights is not None:
+        does["weights"] = _built(arm.weights, arm.spec)
     spec = describe.describe(arm.spec)
     shown = spec or {name: value for name, value in does.items() if value is not None}
     return {"key": arm.key, "title": arm.name, "shown": shown, "content": {"spec": spec, **does}}

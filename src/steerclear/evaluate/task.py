@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -24,6 +25,8 @@ Scorer = Callable[[Tensor, list[str]], Numbers]
 """Pictures as above and their prompts -> ``(batch,)`` scores."""
 Maker = Callable[[Any], Guard]
 """A pipeline -> the guard for it."""
+Weights = Callable[[Any], AbstractContextManager[Any]]
+"""A pipeline -> a block in which it draws with other weights, such as those of an adapter."""
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,63}")
 
@@ -55,7 +58,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.threads) < 1 or not 0.0 <= self.cfg < 1e6:
             raise InvalidInput(f"Sampling: expected steps, batch, threads >= 1 and cfg >= 0, got {self}")
-        taken = {"prompt", "negative_prompt", "generator", "num_inference_steps", "guidance_scale", "output_type"}
+        taken = {"prompt", "class_labels", "batch_size", "negative_prompt", "guidance_scale"}
+        taken |= {"generator", "num_inference_steps", "output_type"}
         if clash := sorted(taken & set(self.call)):
             raise InvalidInput(f"Sampling: expected a call without {', '.join(clash)}: the task sets them; drop them")
 
@@ -75,6 +79,8 @@ class Arm:
         negative_prompt: For every prompt.
         prompts: Rewrites the call's arguments; see :func:`steerclear.attach`.
         coupling: How an edited estimate meets the sampler.
+        weights: Entered with the pipeline for every batch: guards that live in weights. Afterwards the pipeline must be
+            as it was.
         spec: Says in plain data what the arm is; shown in the records.
 
     Raises:
@@ -88,6 +94,7 @@ class Arm:
     negative_prompt: str | None = None
     prompts: PromptGuard | None = None
     coupling: Coupling = "score"
+    weights: Weights | None = None
     spec: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
@@ -104,6 +111,10 @@ class Arm:
     def build(self, pipe: Any) -> Guard | None:  # noqa: ANN401  (some diffusers pipeline)
         """The guard for ``pipe``; ``None`` for arms without one."""
         return self.guard if self.maker is None else self.maker(pipe)
+
+    def within(self, pipe: Any) -> AbstractContextManager[Any]:  # noqa: ANN401  (some diffusers pipeline)
+        """The block in which ``pipe`` has this arm's weights."""
+        return nullcontext() if self.weights is None else self.weights(pipe)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
