@@ -1,5 +1,5 @@
-"""From a YAML file to a task. Judges and prompt sets have names here, guards in ``app/arms.py``; what becomes of a
-finished run is in ``app/results.py``.
+"""From a YAML file to a task. Judges and prompt sets have names here, what arms are made of in ``app/arms/``; what
+becomes of a finished run is in ``app/results.py``.
 
 Everything in the file is data: nothing is imported or run because the file says so, and files that it names must lie
 below its own folder.
@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from steerclear import detect, zoo
-from steerclear.app.arms import GUARDS
+from steerclear.app.arms import GUARDS, PROMPTS, WEIGHTS
 from steerclear.app.checked import listed, mapping, names, number, optional, typed
 from steerclear.app.prompts import negative_prompt
 from steerclear.attach.coupling import COUPLINGS, Coupling
@@ -28,7 +28,6 @@ from steerclear.evaluate.prompt_file import Selection, first, read_prompts, read
 from steerclear.evaluate.statistics import JudgeErrors
 from steerclear.evaluate.store import RunFolder
 from steerclear.evaluate.task import Feature, Scorer
-from steerclear.guards.base import Guard
 from steerclear.zoo.policies import concepts
 
 T = TypeVar("T")
@@ -164,16 +163,23 @@ class _Reader:
         }
 
     def arm(self, value: Any) -> Arm:  # noqa: ANN401  (whatever YAML holds)
-        row = mapping("arm", value, ("key", "title", "negative_prompt", "guard", "coupling"), needed=("key",))
+        known = ("key", "title", "negative_prompt", "guard", "prompts", "weights", "coupling")
+        row = mapping("arm", value, known, needed=("key",))
         key = typed("arm: key", row["key"], str)
         negative = optional(f"arm {key}: negative_prompt", row.get("negative_prompt"), str)
         shown: dict[str, Any] = {}
-        maker = None
+        maker = prompts = weights = None
         if negative is not None:
             negative = negative_prompt(self.policies) if negative == POLICIES else negative
             shown["negative_prompt"] = negative
         if "guard" in row:
-            maker, shown["guard"] = self.guard(key, row["guard"])
+            maker, shown["guard"] = self.part(f"arm {key}: guard", row["guard"], GUARDS)
+        if "prompts" in row:
+            make, shown["prompts"] = self.part(f"arm {key}: prompts", row["prompts"], PROMPTS)
+            prompts = make()
+        if "weights" in row:
+            make, shown["weights"] = self.part(f"arm {key}: weights", row["weights"], WEIGHTS)
+            weights = make()
         guard: dict[str, Any] = shown.get("guard", {})
         if (guard.get("kind") in RENOISING or guard.get("method") == "published") and "coupling" not in row:
             raise InvalidInput(
@@ -185,26 +191,34 @@ class _Reader:
             title=typed(f"arm {key}: title", row.get("title", ""), str),
             maker=maker,
             negative_prompt=negative,
+            prompts=prompts,
+            weights=weights,
             coupling=_coupling(f"arm {key}: coupling", row.get("coupling", "score")),
             spec=shown,
         )
 
-    def guard(self, key: str, value: Any) -> tuple[Callable[[Any], Guard], dict[str, Any]]:  # noqa: ANN401
-        """What makes the guard, and how the records show it."""
-        if not isinstance(value, dict) or (kind := cast("dict[str, Any]", value).get("kind")) not in GUARDS:
-            raise InvalidInput(f"arm {key}: expected a guard with kind one of {', '.join(GUARDS)}, got {value!r}")
-        takes = list(inspect.signature(GUARDS[kind]).parameters)[1:]
-        row = dict(mapping(f"arm {key}: guard {kind}", cast("dict[str, Any]", value), ("kind", *takes)))
+    def part(
+        self,
+        what: str,
+        value: Any,  # noqa: ANN401  (whatever YAML holds)
+        known: Mapping[str, Callable[..., T]],
+    ) -> tuple[Callable[..., T], dict[str, Any]]:
+        """What makes a guard, a prompt guard or weights, and how the records show it."""
+        if not isinstance(value, dict) or (kind := cast("dict[str, Any]", value).get("kind")) not in known:
+            raise InvalidInput(f"{what}: expected a kind one of {', '.join(known)}, got {value!r}")
+        takes = [name for name in inspect.signature(known[kind]).parameters if name != "pipe"]
+        row = dict(mapping(f"{what} {kind}", cast("dict[str, Any]", value), ("kind", *takes)))
         if "policies" in takes:
             row["policies"] = list(names("policies", row.get("policies", list(self.policies))))
             for name in row["policies"]:
                 concepts(name)
         settings = {name: self.file(item) if name in _FILES else item for name, item in row.items() if name != "kind"}
         try:
-            inspect.signature(GUARDS[kind]).bind(None, **settings)
+            first = (None,) if "pipe" in inspect.signature(known[kind]).parameters else ()
+            inspect.signature(known[kind]).bind(*first, **settings)
         except TypeError as error:
-            raise InvalidInput(f"arm {key}: guard {kind}: {error}") from error
-        return partial(GUARDS[kind], **settings), row
+            raise InvalidInput(f"{what} {kind}: {error}") from error
+        return partial(known[kind], **settings), row
 
     def judges(self, value: Any) -> dict[str, Judge]:  # noqa: ANN401  (whatever YAML holds)
         return {name: self.judge(name, row) for name, row in mapping("judges", value).items()}

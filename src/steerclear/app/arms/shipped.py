@@ -1,9 +1,6 @@
-"""Guards by the name that a task file calls them: ``(pipe, **settings) -> guard``.
+"""The guards of shipped policies, and of the user's own negation sets: ``(pipe, **settings) -> guard``."""
 
-Module-level functions, so that workers in other processes find them.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,19 +133,3 @@ def own(
 
 def _gate(policy: zoo.Policy) -> float:
     return policy.settings.get("release", {}).get("gate", 0.5)
-
-
-GUARDS: dict[str, Callable[..., Guard]] = {
-    "recommended": recommended,
-    "release": released,
-    "latent-release": latent_release,
-    "tracked-release": tracked,
-    "composed": composed,
-    "safe-denoiser": two_sample,
-    "safe-denoiser-exact": exact,
-    "safe-denoiser-dynamic": dynamic,
-    "safe-denoiser-published": published,
-    "control-mean-vector": mean_vector,
-    "control-renoise-only": renoise_only,
-    "own": own,
-}
