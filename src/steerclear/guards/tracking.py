@@ -6,8 +6,10 @@ log-ratio at the sample that was really drawn updates the belief between them, h
 noise :math:`x_s = \mu` and the ratio can only fall: such samplers are refused.
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from steerclear.denoise import DenoiseState
@@ -60,6 +62,44 @@ def log_ratio(before: Prediction, state: DenoiseState, *, tau: float = 1.0, delt
     shift = c_0 * (before.other - before.denoised)
     distance = squared_norm(shift) - 2.0 * (residual * shift).flatten(1).sum(1)
     return (delta - tau * distance) / (2.0 * variance)
+
+
+def log_odds(
+    key: object,
+    now: Prediction,
+    state: DenoiseState,
+    *,
+    prior: float,
+    tau: float,
+    delta: float,
+    bounds: tuple[float, float],
+) -> Tensor:
+    r"""Log-odds of ``other`` at this step, tracked from the prior on.
+
+    .. math:: p \leftarrow \operatorname{clip}\bigl(p \cdot e^{\text{log-ratio}},\; p_{min}, p_{max}\bigr)
+
+    as the published rule has it: it multiplies the probability itself, in log space, and not its odds.
+
+    Args:
+        key: Under which the trajectory's memory keeps the last prediction and :math:`\log p`.
+        now: What this step predicts.
+        state: The step.
+        prior: :math:`p` at the first step.
+        tau: See :func:`log_ratio`.
+        delta: Likewise.
+        bounds: Lowest and highest :math:`p`.
+
+    Returns:
+        ``(batch,)``.
+    """
+    remembered = state.memory.get(key)
+    if remembered is None:
+        log_p = now.x_t.new_full((len(now.x_t),), math.log(prior))
+    else:
+        before, log_p = remembered
+        log_p = (log_p + log_ratio(before, state, tau=tau, delta=delta)).clamp(*(math.log(bound) for bound in bounds))
+    state.memory[key] = (now, log_p)
+    return log_p - torch.log1p(-log_p.exp())
 
 
 def wide(x: Tensor) -> Tensor:

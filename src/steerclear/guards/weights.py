@@ -25,7 +25,7 @@ from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.base import Requires
 from steerclear.guards.subspace import Subspace
-from steerclear.guards.tracking import Prediction, log_ratio
+from steerclear.guards.tracking import Prediction, log_odds
 from steerclear.negation import NegationSet, Posterior
 from steerclear.noise import NoiseLevel
 
@@ -223,15 +223,8 @@ class Dynamic(Weight):
 
     def log_odds(self, unsafe: Posterior, denoised: Tensor, state: DenoiseState, owner: object) -> Tensor:
         now = Prediction.of(state, denoised, unsafe.mean)
-        remembered = state.memory.get((owner, Dynamic))
-        if remembered is None:
-            log_p = now.x_t.new_full((len(now.x_t),), math.log(self.prior))
-        else:
-            before, log_p = remembered
-            low, high = (math.log(bound) for bound in self.bounds)
-            log_p = (log_p + log_ratio(before, state, tau=self.tau, delta=self.delta)).clamp(low, high)
-        state.memory[(owner, Dynamic)] = (now, log_p)
-        return log_p - torch.log1p(-log_p.exp())
+        settings = {"prior": self.prior, "tau": self.tau, "delta": self.delta}
+        return log_odds((owner, Dynamic), now, state, **settings, bounds=self.bounds)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
