@@ -9,6 +9,7 @@
     ├── UnsoundCombination     runs, but would not do what its name says
     ├── NegationMismatch       the negation set lives in another space than the sampler
     ├── NegationFileError      a negation file that cannot be read or written
+    ├── SampleRefused          a finished sample could not be certified: no image is returned
     ├── MissingExtra           an optional dependency is not installed
     └── InvalidInput           a value outside its documented range (also a ValueError)
 """
@@ -40,6 +41,19 @@ class NegationMismatch(SteerclearError):
 
 class NegationFileError(SteerclearError):
     """A negation file that is missing, truncated, hostile or cannot be written."""
+
+
+class SampleRefused(SteerclearError):
+    """A finished sample does not meet what a guard promises about results, and could not be brought to.
+
+    Args:
+        message: What was expected, got, and what to do.
+        samples: Their rows in the batch.
+    """
+
+    def __init__(self, message: str, samples: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.samples = samples
 
 
 class MissingExtra(SteerclearError):

@@ -174,6 +174,7 @@ def _guarded_call(
         hook = _hook(pipe, attachments, stack)
         run = Run(pipe, scheduler, attachments, call=_by_name(pipe, original, args, kwargs), hook=hook)
         stack.enter_context(swapped(scheduler, run))
+        stack.enter_context(run.ending.watching())
         result = original(pipe, *args, **kwargs)
         run.finish()
     if scheduler_of(pipe) is not scheduler:
@@ -199,11 +200,14 @@ def _by_name(
 
 
 def _hook(pipe: Pipeline, attachments: list[Attachment], stack: ExitStack) -> Any:  # noqa: ANN401 - a BranchHook
-    if not any(attachment.requires.branches for attachment in attachments):
+    needs = Requires()
+    for attachment in attachments:
+        needs |= attachment.requires
+    if not needs.network:
         return None
     from steerclear.attach.branches import BranchHook
 
-    return stack.enter_context(BranchHook(pipe))
+    return stack.enter_context(BranchHook(pipe, needs=needs))
 
 
 def _check(pipe: Pipeline, attachments: list[Attachment]) -> None:

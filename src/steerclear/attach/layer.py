@@ -125,8 +125,13 @@ class Layer:
                 f"{got}. Use {SOUND_STOCHASTIC}"
             )
 
+    def checked(self, guard: Guard) -> Guard:
+        """``guard`` as the last step meets it: timed, and what it settles is checked like an estimate."""
+        return _Settling(self, guard)
+
     def _guarded(self, estimate: Tensor, moment: Moment, memory: dict[Any, Any], record: StepRecord) -> Tensor:
         state = self._state(moment, memory, record)
+        state.denoised = estimate
         start = perf_counter()
         current = estimate
         for guard in self.attachment.guards:
@@ -153,16 +158,18 @@ class Layer:
             memory=memory,
             note=record.note,
         )
-        if lent is not None and self.requires.branches:
+        needs = self.requires
+        if lent is not None and (needs.branches or needs.predictions):
             state.branches = {"conditional": lent.conditional, "unconditional": lent.unconditional}
-            state.guidance_scale = lent.guidance_scale
-            state.denoise = self._counted(lent.denoise)
+            state.guidance_scale = lent.guidance_scale if needs.branches else None
+        if lent is not None and (needs.branches or needs.evaluations):
+            state.denoise, state.again = self._counted(lent.denoise, 1), self._counted(lent.again, lent.cost)
         return state
 
-    def _counted(self, denoise: Any) -> Any:  # noqa: ANN401 - a Denoiser, wrapped
+    def _counted(self, evaluate: Any, cost: int) -> Any:  # noqa: ANN401 - a Denoiser or the like, wrapped
         def counted(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - passed through
-            self.record.extra_evaluations += 1
-            return denoise(*args, **kwargs)
+            self.record.extra_evaluations += cost
+            return evaluate(*args, **kwargs)
 
         return counted
 
@@ -183,6 +190,37 @@ class Layer:
                     f"{self.attachment.names}: expected finite values, got NaN or infinity at step {step} in samples "
                     f"{rows.nonzero().flatten().tolist()}. No image is returned; check the guard's own numbers"
                 )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Settling:
+    """A guard of a layer after the last step."""
+
+    layer: Layer
+    guard: Any
+
+    def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
+        return self.guard(denoised, state)
+
+    def settle(self, sample: Tensor, state: DenoiseState) -> Tensor | None:
+        start = perf_counter()
+        version = None if sample.is_inference() else sample._version
+        result = self.guard.settle(sample, state)
+        self.layer.record.guard_seconds += perf_counter() - start
+        if version is not None and sample._version != version:
+            raise InvalidInput(
+                f"{type(self.guard).__name__}: expected the sample to be left as it is, got it changed in place. "
+                "Return a new tensor from settle"
+            )
+        if result is None or result is sample:
+            return None
+        settled = _checked(self.guard, result, sample)
+        if not bool(settled.isfinite().all()):
+            raise InvalidInput(
+                f"{type(self.guard).__name__}: expected finite values from settle, got NaN or infinity. No image is "
+                "returned; check the guard's own numbers"
+            )
+        return settled
 
 
 def _checked(guard: Guard, result: Any, given: Tensor) -> Tensor:  # noqa: ANN401

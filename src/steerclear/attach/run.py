@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerclear.attach.ending import Ending, refuse
 from steerclear.attach.layer import Attachment, Layer, Moment
 from steerclear.attach.patch import Step, parameters_of, stock_class
 from steerclear.attach.readers import Floats, Reading, SchedulerReader, reader_of
@@ -30,11 +31,18 @@ PROBE = "a probe of this pipeline, whose result it does not keep"
 
 @dataclass(slots=True, eq=False)
 class Trajectory:
-    """One run of one scheduler from its first step to its last."""
+    """One run of one scheduler from its first step to its last.
+
+    ``expected`` counts the calls that the pipeline announced, ``total`` those to the schedule's end; ``kept`` counts
+    the calls whose result the pipeline keeps.
+    """
 
     expected: int
+    total: int
     memories: list[dict[Any, Any]]
     calls: int = 0
+    kept: int = 0
+    reason: str | None = None
     guarded: int = 0
     index: int | None = None
     reached: Tensor | None = None
@@ -50,6 +58,7 @@ class _Tally:
     reasons: dict[str, int] = field(default_factory=dict[str, int])
     methods: set[str] = field(default_factory=set[str])
     unreached: bool = False
+    unsettled: int = 0
 
 
 class Run:
@@ -81,6 +90,10 @@ class Run:
         self.trajectories: dict[int, Trajectory] = {}
         self.copies: dict[int, tuple[object, int]] = {}
         self.tally = _Tally()
+        self.ending = Ending(pipe, self.layers)
+        self.settling = self.ending.wanted
+        if self.settling:
+            refuse(pipe, self.reader.method, frames=bool(self.kin & FRAME_COPIES))
 
     # What the swapped scheduler reports -----------------------------------------------------------------------------
 
@@ -109,6 +122,9 @@ class Run:
         result = original(scheduler, **changed) if changed else original(scheduler, *args, **kwargs)
         trajectory.calls += 1
         trajectory.index = getattr(scheduler, "_step_index", None)
+        trajectory.kept += trajectory.reason != PROBE
+        if self.settling and trajectory.kept == trajectory.total and trajectory.reason not in {COPY, PROBE}:
+            result = self._settle(scheduler, arguments["sample"], result, trajectory)
         return result
 
     # One step -------------------------------------------------------------------------------------------------------
@@ -127,7 +143,7 @@ class Run:
             num_steps=num_steps,
             generator=arguments.get("generator") or self.call.get("generator"),
         )
-        reason = self._skip_reason(scheduler, arguments, reading)
+        trajectory.reason = reason = self._skip_reason(scheduler, arguments, reading)
         if self.hook is not None and reason not in {COPY, PROBE}:
             moment.branches = self.hook.collect(arguments[reading.output], arguments["sample"], reading)
         if reason is not None:
@@ -138,6 +154,12 @@ class Run:
             result = layer.edit(result, memory)
         self._reached(trajectory)
         return None if result is moment else view.arguments(result)
+
+    def _settle(self, scheduler: object, sample: Tensor, result: Any, trajectory: Trajectory) -> Any:  # noqa: ANN401
+        """The result of the schedule's last step, as the guards want it."""
+        rows = len(sample) // 2 if self._doubled(sample) else len(sample)
+        _, num_steps = self.reader.steps(scheduler, trajectory.calls - 1, trajectory.expected)
+        return self.ending(result, rows, trajectory.memories, num_steps)
 
     def _skip(self, scheduler: object, moment: Moment, reason: str) -> None:
         for layer in self.layers:
@@ -181,11 +203,11 @@ class Run:
         return trajectory
 
     def _open(self, scheduler: object, timestep: float | Tensor) -> Trajectory:
-        expected = self.reader.calls(scheduler, timestep, self.floats)
+        total = expected = self.reader.calls(scheduler, timestep, self.floats)
         announced = getattr(self.pipe, "_num_timesteps", None)
         if isinstance(announced, int) and 0 < announced < expected:
             expected = announced  # the pipeline stops early, as SDXL does with denoising_end
-        trajectory = Trajectory(expected, [{} for _ in self.layers])
+        trajectory = Trajectory(expected, total, [{} for _ in self.layers])
         self.trajectories[id(scheduler)] = trajectory
         return trajectory
 
@@ -196,6 +218,8 @@ class Run:
         self.tally.missed += _ahead(getattr(scheduler, "_step_index", None), trajectory.index)
         if trajectory.reached is not None and not bool(trajectory.reached.all()):
             self.tally.unreached = True
+        if self.settling and trajectory.reason != COPY and trajectory.kept != trajectory.total:
+            self.tally.unsettled += 1
 
     # The reckoning --------------------------------------------------------------------------------------------------
 
@@ -219,6 +243,7 @@ class Run:
                 f"{type(self.pipe).__name__} with {names}: expected every step to reach the guard, got {problem}. "
                 "No image is returned"
             )
+        self.ending.check()
 
     def _problem(self, calls: int | None) -> str | None:
         tally, name = self.tally, type(self.scheduler).__name__
@@ -239,6 +264,11 @@ class Run:
         most = max((count for _, count in self.copies.values()), default=0)
         if calls is not None and most > calls:
             return f"{calls} calls while a copy of the scheduler made {most} steps: guards do not follow copies"
+        if tally.unsettled:
+            return (
+                f"{tally.unsettled} trajectories that did not end with the schedule's last step, so that no result could be "
+                "settled: let the pipeline run to the end, or use a guard that acts on the way only"
+            )
         if tally.unreached:
             return "samples whose estimate was never finite: check the model's precision"
         return None
