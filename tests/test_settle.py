@@ -133,7 +133,7 @@ def test_consistency_models_decode_the_second_of_two_results_and_both_are_settle
 def test_a_pipeline_that_stops_early_returns_no_image() -> None:
     pipe: StableDiffusionXLPipeline = tiny_pipeline("sdxl")
     call = tiny_call("sdxl") | {"num_inference_steps": 10, "denoising_end": 0.5, "output_type": "latent"}
-    with attach(pipe, Settles()), pytest.raises(GuardNotApplied, match="did not end with the schedule's last step"):
+    with attach(pipe, Settles()), pytest.raises(GuardNotApplied, match="do not end with the schedule's last step"):
         pipe(**call)
     with attach(pipe, during(Settles(), stop=0.4)):
         pipe(**call)  # a window that ends before promises nothing

@@ -6,7 +6,7 @@ to the sampler's space and compared: a mask blended in afterwards, a callback th
 early or decodes something else is an error, not a picture.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -146,12 +146,10 @@ def refuse(pipe: Any, method: str, frames: bool) -> None:  # noqa: ANN401 - any 
 
 def _replaced(result: Any, old: Tensor, new: Tensor) -> Any:  # noqa: ANN401 - what schedulers return
     """``new`` wherever ``result`` holds the last sample: consistency models return it twice, and decode the second."""
-    same: Callable[[Any], bool] = lambda x: (
-        x is old
-        or (  # noqa: E731
-            isinstance(x, Tensor) and x.shape == old.shape and torch.equal(x, old)
-        )
-    )
+
+    def same(x: Any) -> bool:  # noqa: ANN401
+        return x is old or (isinstance(x, Tensor) and x.shape == old.shape and torch.equal(x, old))
+
     if isinstance(result, tuple):
         return tuple(new if same(value) else value for value in result)
     return replace(result, **{name: new for name, value in vars(result).items() if same(value)})

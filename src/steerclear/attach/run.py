@@ -266,8 +266,8 @@ class Run:
             return f"{calls} calls while a copy of the scheduler made {most} steps: guards do not follow copies"
         if tally.unsettled:
             return (
-                f"{tally.unsettled} trajectories that did not end with the schedule's last step, so that no result could be "
-                "settled: let the pipeline run to the end, or use a guard that acts on the way only"
+                f"{tally.unsettled} trajectories that do not end with the schedule's last step, so that no result can "
+                "be settled: let the pipeline run to the end, or use a guard that acts on the way only"
             )
         if tally.unreached:
             return "samples whose estimate was never finite: check the model's precision"
