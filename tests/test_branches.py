@@ -21,6 +21,7 @@ from steerclear.attach.conditions import replace, take_rows
 from steerclear.attach.guidance import Pattern, off, solve
 from steerclear.errors import InvalidInput, UnsoundCombination, UnsupportedPipeline
 from steerclear.guards.base import Requires
+from steerclear.noise import NoiseLevel
 from steerclear.testing.pipelines import tiny_call, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -235,7 +236,8 @@ def test_asking_does_not_change_the_picture():
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda state: state.denoise(state.x_t + 1, state.level, "a"), "state.x_t"),
+        (lambda state: state.denoise(state.x_t[:, :2], state.level, "a"), "state.x_t"),
+        (lambda state: state.denoise(state.x_t, NoiseLevel(1.0, 0.5), "a"), "state.level"),
         (lambda state: state.denoise(state.x_t, state.level, {"words": torch.zeros(1)}), "got 'words'"),
         (lambda state: state.denoise(state.x_t, state.level, 3), "got int"),
     ],

@@ -36,8 +36,13 @@ class DenoiseState:
         branches: Denoised estimates ``"conditional"`` and ``"unconditional"`` before classifier-free guidance, each
             like ``denoised``; empty unless a guard requires them.
         guidance_scale: The scale ``g`` with which the sampler combined the branches; ``None`` without branches.
-        denoise: Evaluates the network once more at ``x_t`` under another condition; ``None`` unless required. Counted
-            in the trace.
+        denoised: The sampler's estimate of this step, before any guard: what conditions look at. ``None`` where nobody
+            made one.
+        denoise: Evaluates the network once more, at ``x_t`` or another noisy sample of this level, under a condition;
+            under ``None`` as the unconditional branch, or as the sampler's one call where it makes only one. ``None``
+            unless required. Counted in the trace.
+        again: ``again(x)``: the estimate that the sampler itself would have made, guidance included, had this step met
+            the noisy sample ``x``. ``None`` unless required. Counted likewise, once per branch.
         memory: Scratch of this trajectory; guards use themselves as keys so that they never collide.
         note: ``note(name, value)`` adds a ``(batch,)`` tensor to the trace.
     """
@@ -49,7 +54,9 @@ class DenoiseState:
     eta: float | None = None
     branches: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     guidance_scale: float | None = None
+    denoised: Tensor | None = None
     denoise: Denoiser | None = None
+    again: Callable[[Tensor], Tensor] | None = None
     memory: dict[Any, Any] = field(default_factory=dict[Any, Any])
     note: Callable[[str, Tensor], None] = forget
 
@@ -71,6 +78,14 @@ class GuardedDenoiser:
 
     def __call__(self, x_t: Tensor, level: NoiseLevel, condition: Any = None) -> Tensor:  # noqa: ANN401
         denoised = self.denoiser(x_t, level, condition)
-        state = DenoiseState(x_t=x_t, level=level, step=0, num_steps=1, denoise=self.denoiser)
+        state = DenoiseState(
+            x_t=x_t,
+            level=level,
+            step=0,
+            num_steps=1,
+            denoised=denoised,
+            denoise=self.denoiser,
+            again=lambda x: self.denoiser(x, level, condition),
+        )
         guarded = self.guard(denoised, state)
         return denoised if guarded is None else guarded

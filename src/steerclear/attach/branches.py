@@ -1,79 +1,52 @@
-r"""Lends guards the conditional and unconditional predictions that classifier-free guidance combined.
+r"""Lends guards the predictions that classifier-free guidance combined, and the network for more evaluations.
 
-A forward hook on the network records its outputs; :mod:`steerclear.attach.guidance` finds out which is which.
+A forward hook on the network records its calls. Which of their outputs is conditional is said by the pipeline's guider,
+where it has one (:mod:`steerclear.attach.guider`); elsewhere :mod:`steerclear.attach.guidance` finds it out.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from steerclear.attach.calls import network
-from steerclear.attach.conditions import encode, replace, take_rows
-from steerclear.attach.guidance import Pattern, no_guidance, not_guidance, off, solve, stated_scale
+from steerclear.attach.conditions import encode
+from steerclear.attach.guidance import Pattern, alone, no_guidance, not_guidance, off, solve, stated_scale
+from steerclear.attach.guider import Named, overheard
+from steerclear.attach.lent import Again, Branches, ExtraBranch, Step, first_channels, refusal
 from steerclear.attach.readers import Reading
-from steerclear.denoise import Denoiser
-from steerclear.errors import InvalidInput, UnsoundCombination, UnsupportedPipeline
-from steerclear.noise import NoiseLevel
+from steerclear.attach.recorded import Call
+from steerclear.errors import UnsoundCombination, UnsupportedPipeline
+from steerclear.guards.base import Requires
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Branches:
-    """The two predictions of one step as denoised estimates, float32, shaped like the sampler's ``sample``.
-
-    Args:
-        unconditional: Estimate under the empty or negative prompt. Not clipped, also where the scheduler clips.
-        conditional: Estimate under the prompt, likewise.
-        guidance_scale: ``g`` with which the pipeline combined them.
-        denoise: Evaluates the network once more at this step's ``x_t``; see :class:`ExtraBranch`.
-    """
-
-    unconditional: Tensor
-    conditional: Tensor
-    guidance_scale: float
-    denoise: Denoiser
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One recorded call of the network."""
-
-    module: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor
-
-    def half(self, index: int) -> "_Call":
-        """The first (0) or second (1) half of a doubled batch."""
-        total = len(self.output)
-        rows = slice(index * total // 2, (index + 1) * total // 2)
-        args, kwargs = (take_rows(value, rows, total) for value in (self.args, self.kwargs))
-        return _Call(self.module, args, kwargs, self.output[rows])
+_BRANCHES = Requires(branches=True)
 
 
 class BranchHook:
-    """Listens to a pipeline's denoising networks while it is entered.
+    """Listens to a pipeline's denoising networks and guiders while it is entered.
 
     Args:
         pipe: The pipeline, classic or modular.
+        needs: What the guards need together: ``branches``, ``predictions`` or ``evaluations``.
 
     Cost:
-        No network evaluation, except those that a guard asks for through ``denoise`` (counted in
+        No network evaluation, except those that a guard asks for through ``denoise`` and ``again`` (counted in
         ``extra_evaluations``). The host waits for the device once per trajectory, to find out which branch is which.
     """
 
-    def __init__(self, pipe: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
-        self.pipe = pipe
+    def __init__(self, pipe: Any, *, needs: Requires = _BRANCHES) -> None:  # noqa: ANN401 - any diffusers pipeline
+        self.pipe, self.needs = pipe, needs
         self.extra_evaluations = 0
-        self._calls: list[_Call] = []
-        self._handles: list[Any] = []
+        self._calls: list[Call] = []
+        self._named: list[Named] = []
+        self._stack = ExitStack()
         self._listening = True
         self._pattern: Pattern | None = None
         self._timesteps: Any = None
-        self._residual: Tensor | None = None
+        self._vouched: dict[str, Any] = {}  # by problem, the trajectory in which it was last looked for
+        self._residuals: dict[str, Tensor] = {}
         self._encoded: dict[Any, dict[str, Any]] = {}
 
     def __enter__(self) -> Self:
@@ -84,23 +57,27 @@ class BranchHook:
                 f"{type(self.pipe).__name__}: expected a unet or transformer to lend branches, found neither; "
                 "use a guard that does not read branches"
             )
-        self._handles = [module.register_forward_hook(self._record, with_kwargs=True) for module in modules]
+        for module in modules:
+            handle = module.register_forward_hook(self._record, with_kwargs=True)
+            self._stack.callback(handle.remove)
+        self._stack.enter_context(overheard(self.pipe, self._named.append))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._calls, self._encoded = [], [], {}
-        residual, self._residual = self._residual, None
-        if kind is None and residual is not None and not residual.item() <= 1:
-            raise UnsupportedPipeline(not_guidance(self.pipe, "at a later step"))
+        self._stack.close()
+        self._calls, self._encoded = [], {}
+        self._named.clear()
+        residuals, self._residuals = self._residuals, {}
+        for problem, residual in residuals.items() if kind is None else ():
+            if not residual.item() <= 1:
+                raise UnsupportedPipeline(problem)
 
     def _record(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ANN401
         if self._listening:
-            self._calls.append(_Call(module, args, kwargs, _tensor(output)))
+            self._calls.append(Call(module, args, kwargs, _tensor(output)))
 
     def collect(self, model_output: Tensor, sample: Tensor, reading: Reading) -> Branches:
-        """The branches of the step that is about to be taken.
+        """What is lent at the step that is about to be taken.
 
         Args:
             model_output: What the pipeline hands to ``step``, before any guard.
@@ -108,25 +85,54 @@ class BranchHook:
             reading: How the scheduler turns outputs into estimates at this step.
 
         Raises:
-            UnsoundCombination: If the pipeline runs without classifier-free guidance.
-            UnsupportedPipeline: If ``model_output`` is not guidance of two outputs of the network.
+            UnsoundCombination: If a guard reads branches and the pipeline runs without classifier-free guidance.
+            UnsupportedPipeline: If ``model_output`` is not guidance of two outputs of the network, or its one output.
         """
         calls, self._calls = self._calls, []
+        named = [one for one in self._named if one.combined.shape == model_output.shape]
+        self._named.clear()
+        if named and (len(named[-1].predictions) > 1 or self._reads):
+            return self._by_name(named[-1], calls, model_output, sample, reading)
         pair, rows = self._pair(calls, model_output, sample)
-        noisy = sample[:rows]
-        outputs = [_first_channels(call.output, sample) for call in pair]
-        pattern = self._identify(pair, outputs, _first_channels(model_output, sample)[:rows])
-        step = _Step(hook=self, sample=noisy, reading=reading, sign=pattern.sign)
-        conditional, unconditional = outputs[pattern.conditional], outputs[1 - pattern.conditional]
+        noisy, target = sample[:rows], first_channels(model_output, sample)[:rows]
+        outputs = [first_channels(call.output, sample) for call in pair]
+        pattern = self._identify(("calls", *(id(call.module) for call in pair)), outputs, target)
+        step = Step(hook=self, sample=noisy, reading=reading, sign=pattern.sign)
+        if len(pair) == 1:
+            return _only(step, pair[0])
+        return self._lent(step, pattern, outputs, pair)
+
+    @property
+    def _reads(self) -> bool:
+        """Whether a guard reads branches at all."""
+        return self.needs.branches or self.needs.predictions
+
+    def _by_name(
+        self, named: Named, calls: list[Call], model_output: Tensor, sample: Tensor, reading: Reading
+    ) -> Branches:
+        """The branches as the guider names them; only their scale is left to be found, for those who rely on it."""
+        outputs = [first_channels(prediction, sample) for prediction in named.pair(self.pipe)]
+        target, key = first_channels(model_output, sample), ("guider", named.guider, *named.predictions)
+        linear = self.needs.branches or self.needs.evaluations
+        seen = outputs if linear else [first_channels(named.combined, sample)]
+        pattern = self._identify(key, seen, target, named=True)
+        step = Step(hook=self, sample=sample, reading=reading, sign=pattern.sign)
+        return self._lent(step, pattern, outputs, _made(named, calls)) if linear else _named_only(step, outputs)
+
+    def _lent(self, step: Step, pattern: Pattern, outputs: list[Tensor], pair: list[Call] | None) -> Branches:
+        c, u, g = pattern.conditional, 1 - pattern.conditional, pattern.guidance_scale
+        unknown = _unmade(self.pipe)
         return Branches(
-            unconditional=step.estimate(unconditional),
-            conditional=step.estimate(conditional),
-            guidance_scale=pattern.guidance_scale,
-            denoise=ExtraBranch(step, pair[pattern.conditional], pair[1 - pattern.conditional]),
+            unconditional=step.estimate(outputs[u]),
+            conditional=step.estimate(outputs[c]),
+            guidance_scale=g,
+            denoise=refusal(unknown) if pair is None else ExtraBranch(step, pair[c], pair[u]),
+            again=refusal(unknown) if pair is None else Again(step, pair[c], pair[u], g),
+            cost=2,
         )
 
-    def _pair(self, calls: list[_Call], model_output: Tensor, sample: Tensor) -> tuple[list[_Call], int]:
-        """The two candidate branches, and how many rows of the sample they are about."""
+    def _pair(self, calls: list[Call], model_output: Tensor, sample: Tensor) -> tuple[list[Call], int]:
+        """The two candidate branches or the only prediction, and how many rows of the sample they are about."""
         rows = len(sample)
         if calls and len(calls[-1].output) == 2 * rows:
             return [calls[-1].half(0), calls[-1].half(1)], rows
@@ -137,23 +143,43 @@ class BranchHook:
         if calls and len(calls[-1].output) == rows and rows % 2 == 0 and _is_doubled(calls[-1], model_output):
             return [calls[-1].half(0), calls[-1].half(1)], rows // 2
         if calls and len(calls[-1].output) == rows:
-            raise UnsoundCombination(no_guidance(self.pipe, "one prediction per step"))
+            if self._reads:
+                raise UnsoundCombination(no_guidance(self.pipe, "one prediction per step"))
+            return calls[-1:], rows
         seen = [len(call.output) for call in calls]
         raise UnsupportedPipeline(not_guidance(self.pipe, f"made of batches of {seen} for {rows} samples"))
 
-    def _identify(self, pair: list[_Call], outputs: list[Tensor], target: Tensor) -> Pattern:
+    def _identify(
+        self, made: tuple[Any, ...], outputs: list[Tensor], target: Tensor, *, named: bool = False
+    ) -> Pattern:
         """Which branch is which: found at the first step of a trajectory, verified without waiting at the others."""
         timesteps = getattr(self.pipe.scheduler, "timesteps", None)
-        known, key = self._pattern, (tuple(id(call.module) for call in pair), stated_scale(self.pipe))
+        known, key = self._pattern, (len(outputs), *made, stated_scale(self.pipe))
         if known is None or known.key != key or timesteps is not self._timesteps:
             self._timesteps = timesteps  # a new tensor for every trajectory
-            known = self._pattern = solve(self.pipe, key, outputs, target)
+            if len(outputs) == 1:
+                known = self._pattern = alone(self.pipe, key, outputs[0], target)
+            else:
+                known = self._pattern = solve(self.pipe, key, outputs, target, named=named)
         else:
-            worst = off(known, outputs, target)
-            self._residual = worst if self._residual is None else torch.maximum(self._residual, worst)
+            both = outputs if len(outputs) == 2 else [outputs[0], outputs[0]]
+            self._keep(off(known, both, target), not_guidance(self.pipe, "at a later step"))
         return known
 
-    def evaluate(self, call: _Call) -> Tensor:
+    def vouch(self, residual: Tensor, problem: str) -> None:
+        """Raise ``problem`` if ``residual`` exceeds 1: now if it is the trajectory's first, else when the call ends."""
+        timesteps = getattr(self.pipe.scheduler, "timesteps", None)
+        if problem not in self._vouched or self._vouched[problem] is not timesteps:
+            self._vouched[problem] = timesteps
+            if not residual.item() <= 1:
+                raise UnsupportedPipeline(problem)
+        self._keep(residual, problem)
+
+    def _keep(self, residual: Tensor, problem: str) -> None:
+        worst = self._residuals.get(problem)
+        self._residuals[problem] = residual if worst is None else torch.maximum(worst, residual)
+
+    def evaluate(self, call: Call) -> Tensor:
         """Run the network once more, unheard."""
         self.extra_evaluations += 1
         self._listening = False
@@ -172,76 +198,55 @@ class BranchHook:
         return self._encoded[key]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
-    """What turns the network's outputs at one step into estimates."""
-
-    hook: BranchHook
-    sample: Tensor
-    reading: Reading
-    sign: float
-
-    def estimate(self, output: Tensor) -> Tensor:
-        first = _first_channels(output, self.sample).float()
-        return self.reading.k_x * self.sample.float() + self.reading.k_o * (self.sign * first)
+def _only(step: Step, call: Call) -> Branches:
+    """Without guidance: one prediction, which is the estimate itself."""
+    return Branches(
+        unconditional=None,
+        conditional=None,
+        guidance_scale=None,
+        denoise=ExtraBranch(step, call, call),
+        again=Again(step, call, None, 1.0),
+        cost=1,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class ExtraBranch:
-    """One more evaluation of the network at a step's ``x_t``; a :class:`~steerclear.denoise.Denoiser`.
-
-    Call:
-        x_t: ``state.x_t`` itself: the network's other inputs belong to this noisy sample.
-        level: Its noise level.
-        condition: A prompt, or one per sample, encoded once by the pipeline; or a mapping of the network's keyword
-            arguments to replace in the conditional call, such as ``{"encoder_hidden_states": e}``, with one row or one
-            per sample; ``None`` repeats the unconditional call.
-
-    Raises:
-        InvalidInput: If ``x_t`` is another tensor, or the condition does not fit the network.
-        UnsupportedPipeline: If the pipeline cannot encode a prompt by itself.
-
-    Cost:
-        One evaluation of the network on the batch.
-    """
-
-    step: _Step
-    conditional: _Call
-    unconditional: _Call
-
-    def __call__(self, x_t: Tensor, level: NoiseLevel, condition: Any = None) -> Tensor:  # noqa: ANN401
-        sample, hook = self.step.sample, self.step.hook
-        if x_t.shape != sample.shape or (x_t.dtype == sample.dtype and x_t.data_ptr() != sample.data_ptr()):
-            raise InvalidInput(
-                f"denoise: expected the step's own state.x_t {tuple(sample.shape)}, got another tensor "
-                f"{tuple(x_t.shape)}; the pipeline's network is bound to the sample that the step saw"
-            )
-        if condition is None:
-            return self.step.estimate(hook.evaluate(self.unconditional))
-        call = self.conditional
-        if isinstance(condition, str) or (isinstance(condition, Sequence) and not isinstance(condition, Tensor)):
-            condition = hook.encoded(condition, call.kwargs)
-        if not isinstance(condition, Mapping):
-            raise InvalidInput(
-                f"denoise: expected a prompt or a mapping of keyword arguments, got {type(condition).__name__}"
-            )
-        kwargs = replace(call.kwargs, condition, len(sample))
-        return self.step.estimate(hook.evaluate(_Call(call.module, call.args, kwargs, call.output)))
+def _named_only(step: Step, outputs: list[Tensor]) -> Branches:
+    """Branches whose combination nobody relies on, and nobody asks to repeat."""
+    problem = not_guidance(step.hook.pipe, "however its guider combined them")
+    return Branches(
+        unconditional=step.estimate(outputs[0]),
+        conditional=step.estimate(outputs[1]),
+        guidance_scale=None,
+        denoise=refusal(problem),
+        again=refusal(problem),
+        cost=2,
+    )
 
 
-def _is_doubled(call: _Call, model_output: Tensor) -> bool:
+def _made(named: Named, calls: list[Call]) -> list[Call] | None:
+    """The calls ``[unconditional, conditional]`` whose outputs are a guider's predictions, if they are."""
+    wanted = (named.predictions["pred_uncond"], named.predictions["pred_cond"])
+    found = [next((call for call in calls if _is_same(call.output, prediction)), None) for prediction in wanted]
+    return [call for call in found if call is not None] if None not in found else None
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+def _unmade(pipe: Any) -> str:  # noqa: ANN401
+    return (
+        f"{type(pipe).__name__}: expected its guider's predictions to be the network's outputs as they are, got "
+        "something made of them, so no further branch can be evaluated; use a guard that reads branches only"
+    )
+
+
+def _is_doubled(call: Call, model_output: Tensor) -> bool:
     """DiT steps both halves of its batch, which guidance has made the same; waits for the device."""
     half = len(model_output) // 2
     channels = min(model_output.shape[1], call.output.shape[1])
     same = torch.equal(model_output[:half, : channels // 2], model_output[half:, : channels // 2])
     return same and not torch.equal(model_output[:, :channels], call.output[:, :channels])
-
-
-def _first_channels(output: Tensor, sample: Tensor) -> Tensor:
-    """Without the learned variance, where there is one."""
-    channels = sample.shape[1]
-    learned = output.ndim == sample.ndim and output.shape[1] == 2 * channels
-    return output[:, :channels] if learned else output
 
 
 def _tensor(output: Any) -> Tensor:  # noqa: ANN401 - what a network returns

@@ -7,7 +7,8 @@ of two candidates :math:`a, b`, solve
 .. math:: o = s\,a + k\,(b - a)
 
 by least squares. Guidance and nothing else leaves no residual and :math:`s = \pm 1` (some pipelines flip the sign);
-:math:`g = k/s` or :math:`1 - k/s`, whichever exceeds 1. Guidance rescaling and perturbed guidance fail this test.
+:math:`g = k/s` or :math:`1 - k/s`, whichever exceeds 1. Guidance rescaling and perturbed guidance fail this test. Where
+a guider names its predictions (:mod:`steerclear.attach.guider`), only :math:`g` is left to be found.
 """
 
 from dataclasses import dataclass
@@ -32,26 +33,41 @@ class Pattern:
     sign: float
 
 
-def solve(pipe: Any, key: tuple[Any, ...], outputs: list[Tensor], target: Tensor) -> Pattern:  # noqa: ANN401
-    """Least squares for the module's equation; waits for the device."""
+def solve(
+    pipe: Any,  # noqa: ANN401 - any pipeline
+    key: tuple[Any, ...],
+    outputs: list[Tensor],
+    target: Tensor,
+    *,
+    named: bool = False,
+) -> Pattern:
+    """Least squares for the module's equation; waits for the device.
+
+    Args:
+        pipe: The pipeline.
+        key: What the pattern holds for.
+        outputs: The two candidates; unconditional first if ``named``.
+        target: The sampler's input.
+        named: Whether the order is known already, as a guider tells it: then any scale is recognised.
+    """
     a, b, o = (x.detach().cpu().double().flatten() for x in (*outputs, target))
     d = b - a
     tolerance = _tolerance(target)
     if (d.norm() <= tolerance * 1e-3 * a.norm()).item():  # both prompts are the same: any scale combines them to this
         sign = 1.0 if ((o - a).norm() <= (o + a).norm()).item() else -1.0
-        pattern = Pattern(key, 0, stated_scale(pipe) or 1.0, sign)
+        pattern = Pattern(key, 1 if named else 0, stated_scale(pipe) or 1.0, sign)
         return _accepted(pipe, pattern, _relative(sign * a - o, o).item(), tolerance)
     basis = torch.stack([a, d], 1)
     scale, slope = torch.linalg.lstsq(basis, o.unsqueeze(1)).solution.flatten().tolist()
     sign = 1.0 if scale >= 0 else -1.0
     g = sign * slope
-    conditional, found = (1, g) if g >= 0.5 else (0, 1 - g)
+    conditional, found = (1, g) if named or g >= 0.5 else (0, 1 - g)
     stated = stated_scale(pipe)
     exact = stated if stated is not None and abs(found - stated) <= 1e-3 * stated else found
     pattern = Pattern(key, conditional, exact, sign)
     residual = _relative(sign * (a + g * d) - o, o).item()
     accepted = _accepted(pipe, pattern, max(residual, 0.0 if abs(abs(scale) - 1) <= tolerance else 1.0), tolerance)
-    if accepted.guidance_scale <= 1 + tolerance:
+    if not named and accepted.guidance_scale <= 1 + tolerance:
         raise UnsoundCombination(no_guidance(pipe, f"a guidance scale of {accepted.guidance_scale:.3g}"))
     return accepted
 
@@ -60,6 +76,15 @@ def _accepted(pipe: Any, pattern: Pattern, residual: float, tolerance: float) ->
     if not residual <= tolerance:
         raise UnsupportedPipeline(not_guidance(pipe, f"with a relative residual of {residual:.1e}"))
     return pattern
+
+
+def alone(pipe: Any, key: tuple[Any, ...], output: Tensor, target: Tensor) -> Pattern:  # noqa: ANN401
+    """The pattern of one prediction that reaches the sampler as it is, but for its sign; waits for the device."""
+    a, o = (x.detach().cpu().double().flatten() for x in (output, target))
+    sign = 1.0 if ((o - a).norm() <= (o + a).norm()).item() else -1.0
+    if not _relative(sign * a - o, o).item() <= _tolerance(target):
+        raise UnsupportedPipeline(not_plain(pipe))
+    return Pattern(key, 0, 1.0, sign)
 
 
 def off(pattern: Pattern, outputs: list[Tensor], target: Tensor) -> Tensor:
@@ -89,6 +114,13 @@ def not_guidance(pipe: Any, what: str) -> str:  # noqa: ANN401
         f"{type(pipe).__name__}: expected the sampler's input to be u + g·(c - u) of two predictions of the network, "
         f"got something else ({what}); turn off guidance_rescale and perturbed or multi-image guidance, "
         "or use a guard that does not read branches"
+    )
+
+
+def not_plain(pipe: Any) -> str:  # noqa: ANN401
+    return (
+        f"{type(pipe).__name__}: expected the network's or the guider's result to reach the sampler as it is, got "
+        "something made of it; use a guard that needs neither branches nor evaluations of the network"
     )
 
 

@@ -4,6 +4,7 @@
 lets a mixture play a pipeline's network, so that a guard is tested through the real ``attach`` and the real solver.
 """
 
+import functools
 import inspect
 import itertools
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from steerclear.denoise import Denoiser, DenoiseState
-from steerclear.guards.base import Guard, Requires, requirements
+from steerclear.guards.base import Guard, Requires, requirements, settle, settles
 from steerclear.noise import NoiseLevel, Prediction
 from steerclear.testing.mixture import Mixture
 
@@ -54,7 +55,7 @@ def ancestral(
         denoiser: The network's place-holder.
         levels: Noisiest first; one step fewer than levels.
         x: Sample at the first level, ``(batch, *shape)``.
-        guard: Edits the estimate of every step.
+        guard: Edits the estimate of every step, and settles the result if it has a ``settle``.
         prompt: With it, both branches are evaluated, combined as classifier-free guidance does, and lent to the guard.
         eta: 1 is DDPM, 0 is DDIM.
         generator: Draws the noise.
@@ -68,17 +69,32 @@ def ancestral(
             x_t=x, level=level, step=step, num_steps=len(levels) - 1, eta=eta, denoise=denoiser, memory=memory
         )
         denoised = denoiser(x, level)
+        state.again = functools.partial(_guided, denoiser, level, prompt)
         if prompt is not None:
             conditional = denoiser(x, level, prompt.condition)
             state.branches = {"unconditional": denoised, "conditional": conditional}
             state.guidance_scale = prompt.guidance_scale
             denoised = denoised + prompt.guidance_scale * (conditional - denoised)
+        state.denoised = denoised
         guarded = None if guard is None else guard(denoised, state)
         c_0, c_t, variance = level.reverse(to, eta)
         x = c_0 * (denoised if guarded is None else guarded) + c_t * x
         if variance > 0.0:
             x = x + variance**0.5 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    return x
+    if guard is None or not settles(guard):
+        return x
+    count = len(levels) - 1
+    end = DenoiseState(x_t=x, level=NoiseLevel(1.0, 0.0), step=count, num_steps=count, eta=eta, memory=memory)
+    settled = settle([(guard, end)], x)
+    return x if settled is None else settled
+
+
+def _guided(denoiser: Denoiser, level: NoiseLevel, prompt: Prompted | None, x: Tensor) -> Tensor:
+    """What the sampler does with both branches, at ``x``."""
+    denoised = denoiser(x, level)
+    if prompt is None:
+        return denoised
+    return denoised + prompt.guidance_scale * (denoiser(x, level, prompt.condition) - denoised)
 
 
 class MixtureNetwork(torch.nn.Module):
@@ -144,6 +160,13 @@ class Spaceless:
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
         return self.guard(denoised, state)
+
+    @property
+    def settles(self) -> bool:
+        return settles(self.guard)
+
+    def settle(self, sample: Tensor, state: DenoiseState) -> Tensor | None:
+        return settle([(self.guard, state)], sample) if self.settles else None
 
 
 def scheduler_level(scheduler: Any, timestep: Tensor) -> NoiseLevel:  # noqa: ANN401
