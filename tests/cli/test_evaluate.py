@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from steerclear.app.arms import GUARDS
-from steerclear.app.evaluation import FEATURES, RENOISING, read_task
+from steerclear.app.arms import COUPLING, GUARDS
+from steerclear.app.evaluation import FEATURES, read_task
 from steerclear.detect.emoji_judge import EmojiJudge
 from steerclear.errors import InvalidInput
 from steerclear.evaluate import records
@@ -163,7 +163,7 @@ def test_the_file_says_what_the_task_is(write, shipped):
     assert "beer" in task.arms[1].negative_prompt
     assert "cigarette" not in task.arms[1].negative_prompt
     assert {"dagger", "beer mug"} <= task.judges["judge"].rule.unsafe
-    assert set(GUARDS) > RENOISING
+    assert set(GUARDS) > set(COUPLING)
 
 
 def test_a_guard_over_own_negation_sets_below_the_task(write, shipped, policy_folder, steerclear, tmp_path):

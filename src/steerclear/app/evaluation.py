@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from steerclear import detect, zoo
-from steerclear.app.arms import GUARDS, PROMPTS, WEIGHTS
+from steerclear.app.arms import COUPLING, GUARDS, PROMPTS, WEIGHTS
 from steerclear.app.checked import listed, mapping, names, number, optional, typed
 from steerclear.app.prompts import negative_prompt
 from steerclear.attach.coupling import COUPLINGS, Coupling
@@ -37,10 +37,6 @@ LARGEST = 2**20  # bytes of a task file
 POLICIES = "policies"  # as a value: what the shipped policies say
 SETS = {"emoji": Path(zoo.__file__).parent / "prompts.yaml"}
 """Prompt files that ship."""
-
-
-RENOISING = frozenset({"safe-denoiser-published", "control-mean-vector", "control-renoise-only"})
-"""Guards of :data:`steerclear.app.arms.GUARDS` that were published with ``coupling="renoise"``: tasks say which."""
 
 
 @dataclass(frozen=True)
@@ -181,10 +177,11 @@ class _Reader:
             make, shown["weights"] = self.part(f"arm {key}: weights", row["weights"], WEIGHTS)
             weights = make()
         guard: dict[str, Any] = shown.get("guard", {})
-        if (guard.get("kind") in RENOISING or guard.get("method") == "published") and "coupling" not in row:
+        published = "renoise" if guard.get("method") == "published" else COUPLING.get(str(guard.get("kind")))
+        if published is not None and "coupling" not in row:
             raise InvalidInput(
-                f"arm {key}: expected a coupling for this guard, got none; it was published with coupling: renoise; "
-                "coupling: score shows it without the re-noising"
+                f"arm {key}: expected a coupling for this guard, got none; it was published with coupling: {published}"
+                + ("; coupling: score shows it without the re-noising" if published == "renoise" else "")
             )
         return Arm(
             key=key,

@@ -7,21 +7,22 @@ the request's hash, so that other settings never overwrite a picture.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
 from steerclear.app.files import sha256, slug, write_json
+from steerclear.app.guards import Chosen
 from steerclear.app.pictures import Cell, Pixels, png, sheet, to_pixels
 from steerclear.attach import attach
 from steerclear.errors import GuardNotApplied, InvalidInput
+from steerclear.evaluate.prompts import Prompt
+from steerclear.evaluate.request import request as asked_for
 from steerclear.evaluate.store import write_atomic
-
-if TYPE_CHECKING:
-    from steerclear.guards import Guard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +49,15 @@ class Drawing:
     """How to draw.
 
     Args:
-        pipe: A text-to-image pipeline.
-        guards: Applied in order; empty only if the user asked for unguarded pictures.
+        pipe: A pipeline that draws pictures from text, from class labels or from nothing.
+        chosen: The guards; nothing only if the user asked for unguarded pictures.
         coupling: See :func:`steerclear.attach`.
         call: Further arguments of the pipeline.
         batch: Pictures drawn together.
     """
 
     pipe: Any
-    guards: "tuple[Guard, ...]" = ()
+    chosen: Chosen = field(default_factory=Chosen)
     coupling: str = "score"
     call: dict[str, Any] = field(default_factory=dict[str, Any])
     batch: int = 4
@@ -117,24 +118,28 @@ def draw(drawing: Drawing, batch: Sequence[Request]) -> list[tuple[Pixels, dict[
     Raises:
         GuardNotApplied: If guards were given and the trace shows no step that they saw.
     """
+    prompts = [Prompt(text=request.prompt) for request in batch]
     call: dict[str, Any] = {
-        **drawing.call,
-        "prompt": [request.prompt for request in batch],
+        **{name: value for name, value in drawing.call.items() if name != "guidance_scale"},
+        **asked_for(drawing.pipe, prompts, cfg=drawing.call.get("guidance_scale")),
         "generator": [torch.Generator("cpu").manual_seed(request.seed) for request in batch],
         "output_type": "pil",
     }
-    if not drawing.guards:
-        return [(pixels, {"guarded": False}) for pixels in _images(drawing.pipe(**call), len(batch))]
-    coupling = cast("Literal['score', 'sample', 'renoise']", drawing.coupling)
-    with attach(drawing.pipe, *drawing.guards, coupling=coupling) as trace:
-        result = drawing.pipe(**call)
+    chosen, size = drawing.chosen, len(batch)
+    with nullcontext() if chosen.weights is None else chosen.weights(drawing.pipe):
+        if not chosen.guards and chosen.prompts is None:
+            notes = {"guarded": chosen.weights is not None}
+            return [(pixels, notes) for pixels in _images(drawing.pipe(**call), size)]
+        coupling = cast("Literal['score', 'sample', 'renoise']", drawing.coupling)
+        with attach(drawing.pipe, *chosen.guards, prompts=chosen.prompts, coupling=coupling) as trace:
+            result = drawing.pipe(**call)
     rows = trace.records()
     seen = {int(row["sample"]) for row in rows}
-    if seen != set(range(len(batch))):
+    if chosen.guards and seen != set(range(size)):
         raise GuardNotApplied(
-            f"generate: expected the guard at every one of {len(batch)} pictures, got {len(seen)}; nothing was written"
+            f"generate: expected the guard at every one of {size} pictures, got {len(seen)}; nothing was written"
         )
-    return [(pixels, _notes(rows, i)) for i, pixels in enumerate(_images(result, len(batch)))]
+    return [(pixels, _notes(rows, i)) for i, pixels in enumerate(_images(result, size))]
 
 
 def grid(entries: Sequence[dict[str, Any]], pictures: Sequence[Pixels], path: Path, side: int = 160) -> None:
@@ -151,7 +156,7 @@ def _images(result: Any, expected: int) -> list[Pixels]:  # noqa: ANN401  (some 
     if images is None or len(images) != expected:
         raise InvalidInput(
             f"generate: expected {expected} pictures from the pipeline, got {type(result).__name__}; "
-            "give a text-to-image model"
+            "give a model that draws pictures"
         )
     return [to_pixels(image) for image in images]
 

@@ -8,14 +8,20 @@ from steerclear.errors import InvalidInput, UnsupportedPipeline
 from steerclear.evaluate.prompts import Prompt
 
 
-def request(pipe: Any, prompts: Sequence[Prompt], *, cfg: float, negative: str | None = None) -> dict[str, Any]:  # noqa: ANN401
+def request(
+    pipe: Any,  # noqa: ANN401  (some diffusers pipeline)
+    prompts: Sequence[Prompt],
+    *,
+    cfg: float | None,
+    negative: str | None = None,
+) -> dict[str, Any]:
     """The arguments that say what to draw, one picture per prompt.
 
     Args:
         pipe: A pipeline that takes ``prompt``, or ``class_labels`` (a prompt's text is then the name of a class), or a
             ``batch_size`` alone (texts are then empty).
         prompts: What to draw.
-        cfg: Scale of classifier-free guidance; left out where the pipeline has none.
+        cfg: Scale of classifier-free guidance; ``None`` is the pipeline's own, and so is any scale where it has none.
         negative: A negative prompt for all.
 
     Raises:
@@ -23,7 +29,7 @@ def request(pipe: Any, prompts: Sequence[Prompt], *, cfg: float, negative: str |
         UnsupportedPipeline: For a pipeline that takes none of the three.
     """
     takes = inspect.signature(pipe.__call__).parameters
-    scale = {"guidance_scale": cfg} if "guidance_scale" in takes else {}
+    scale = {"guidance_scale": cfg} if cfg is not None and "guidance_scale" in takes else {}
     texts = [prompt.text for prompt in prompts]
     if "prompt" in takes:
         beside = {} if negative is None else {"negative_prompt": [negative] * len(texts)}

@@ -4,10 +4,13 @@
 Module-level functions, so that workers in other processes find them.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from steerclear.app.arms import shipped
-from steerclear.attach import PromptGuard
+from steerclear.attach import Coupling, PromptGuard
 from steerclear.evaluate.task import Weights
 from steerclear.guards.base import Guard
 
@@ -26,6 +29,43 @@ GUARDS: dict[str, Callable[..., Guard]] = {
     "own": shipped.own,
 }
 
+COUPLING: dict[str, Coupling] = {
+    "safe-denoiser-published": "renoise",
+    "control-mean-vector": "renoise",
+    "control-renoise-only": "renoise",
+}
+"""How a guard was published to meet the sampler, where that is not ``"score"``; tasks say it themselves."""
+
 PROMPTS: dict[str, Callable[..., PromptGuard]] = {}
 
 WEIGHTS: dict[str, Callable[..., Weights]] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A kind as people see it: its name, where it acts, what it is in one line, its settings with their defaults."""
+
+    kind: str
+    acts_on: str
+    what: str
+    settings: Mapping[str, Any]
+
+
+def listed() -> list[Listed]:
+    """Every kind that takes policies."""
+    tables: dict[str, Mapping[str, Callable[..., Any]]] = {
+        "denoised estimate": GUARDS,
+        "prompt": PROMPTS,
+        "weights": WEIGHTS,
+    }
+    return [
+        Listed(kind=kind, acts_on=place, what=(make.__doc__ or "").split("\n")[0], settings=_settings(make))
+        for place, table in tables.items()
+        for kind, make in table.items()
+        if "policies" in inspect.signature(make).parameters
+    ]
+
+
+def _settings(make: Callable[..., Any]) -> dict[str, Any]:
+    taken = inspect.signature(make).parameters.values()
+    return {item.name: item.default for item in taken if item.name not in ("pipe", "policies")}

@@ -128,7 +128,7 @@ def own(
     choice = GuardChoice(
         kinds=(method,), negations=(negation,), safe=safe, strength=strength, bandwidth=bandwidth, prior=prior
     )
-    return chain(*build(choice))
+    return chain(*build(choice, pipe).guards)
 
 
 def _gate(policy: zoo.Policy) -> float:

@@ -11,6 +11,7 @@ from steerclear import __version__
 from steerclear.app.cli.demo import demo
 from steerclear.app.cli.evaluate import evaluate
 from steerclear.app.cli.generate import generate
+from steerclear.app.cli.guards import guards
 from steerclear.app.cli.models import models
 from steerclear.app.cli.negate import negate
 from steerclear.errors import InvalidInput, SteerclearError
@@ -60,5 +61,5 @@ def main(debug: bool) -> None:
     """Make diffusion models steer clear of unwanted content while they draw, without retraining."""
 
 
-for command in (demo, generate, negate, evaluate, models):
+for command in (demo, generate, negate, evaluate, guards, models):
     main.add_command(command)

@@ -17,11 +17,13 @@ from steerclear.errors import InvalidInput
 Examples:
   steerclear generate "a drink"                               shipped model, all its policies
   steerclear generate "a drink" --policy alcohol -n 8 --grid drinks.png
+  steerclear generate "a drink" --guard safe-denoiser --set strength=2
   steerclear generate --prompts-file prompts.txt --out page   run it again to resume
   steerclear generate "a street" --model ./my-sd --negation bad.safetensors --safe good.safetensors
   steerclear generate "a street" --model owner/name --negation bad.safetensors --scheduler ddpm
   cat prompts.txt | steerclear generate --prompts-file - --json
 \b
+All guards, and what can be set:  steerclear guards
 Own negation sets come from:  steerclear negate build
 Without --safe they are used with a weight tracked along the trajectory (--guard dynamic), which needs a
 scheduler that adds noise, such as ddpm or euler_ancestral."""
@@ -40,9 +42,10 @@ scheduler that adds noise, such as ddpm or euler_ancestral."""
     "--guard",
     "kinds",
     multiple=True,
-    type=click.Choice(["recommended", "safe-denoiser", "dynamic", "published"]),
-    help="Kind of guard; repeatable. Default: recommended for policies, else what --negation and --safe allow.",
+    metavar="KIND",
+    help="Of steerclear guards; repeatable. Default: recommended for policies, else what --negation and --safe allow.",
 )
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the guard; repeatable.")
 @click.option("--strength", type=float, help="Strength of the guard; 1 is the theorem, 0 only watches.")
 @click.option(
     "--bandwidth", type=float, help="Kernel width for --negation, in latent units. Default: the step's noise level."
@@ -135,7 +138,7 @@ def _choice(rest: dict[str, Any]) -> Any:  # noqa: ANN401  (a GuardChoice, impor
     from steerclear.app.guards import GuardChoice
 
     names = ("kinds", "policies", "negations", "safe", "strength", "bandwidth", "prior")
-    given = {name: rest[name] for name in names}
+    given = {name: rest[name] for name in names} | {"settings": _settings(rest["settings"])}
     shipped = rest["model"] in {model.name for model in zoo.shipped()}
     if not rest["unguarded"] and shipped and not (given["policies"] or given["negations"]):
         given["policies"] = zoo.policies()
@@ -159,8 +162,8 @@ def _drawing(choice: Any, rest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  
     cfg = rest["cfg"] if rest["cfg"] is not None or not shipped else 3.0
     call = {"num_inference_steps": steps, "guidance_scale": cfg, "width": width, "height": height}
     call = {name: value for name, value in call.items() if value is not None}
-    guards = build(choice)
     pipe = options.load(rest["model"], rest["device"], rest["dtype"])
+    chosen = build(choice, pipe)
     if rest["scheduler"]:
         zoo.use_scheduler(pipe, rest["scheduler"])
     settings = {
@@ -169,9 +172,25 @@ def _drawing(choice: Any, rest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  
         "dtype": rest["dtype"],
         "scheduler": type(pipe.scheduler).__name__,
         **call,
-        "guard": choice.spec() if guards else None,
+        "guard": choice.spec() if choice.given else None,
     }
-    return Drawing(pipe=pipe, guards=guards, coupling=choice.coupling, call=call, batch=rest["batch"]), settings
+    return Drawing(pipe=pipe, chosen=chosen, coupling=choice.coupling, call=call, batch=rest["batch"]), settings
+
+
+def _settings(texts: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` as YAML reads the value: ``0.5`` is a number, ``[a, b]`` a list."""
+    import yaml
+
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise InvalidInput(f"--set: expected NAME=VALUE, got {text!r}")
+        try:
+            settings[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InvalidInput(f"--set {name}: expected a value as in YAML, got {value!r}") from error
+    return settings
 
 
 def _lines(file: TextIO | None) -> list[str]:
