@@ -141,7 +141,7 @@ class Settled:
 
 
 def expected_error(state: DenoiseState, *, samples: int, seed: int, owner: object) -> Tensor:
-    r""":math:`\varrho` of the module's docstring, ``(batch,)``, in the sampler's units; infinite at a level without signal."""
+    r""":math:`\varrho` of the module's docstring, ``(batch,)``; infinite at a level without signal."""
     x, level = _estimate(state), state.level
     if no_signal(level):  # the posterior is the prior, whose variance the Jacobian does not tell
         return x.new_full((len(x),), math.inf)
