@@ -73,9 +73,18 @@ def branch(guard: str, name: str, state: DenoiseState) -> Tensor:
     return wide(state.branches[name])
 
 
-def scale(state: DenoiseState) -> float:
-    """The guidance scale of the step; 1 where the sampler does not guide."""
-    return 1.0 if state.guidance_scale is None else state.guidance_scale
+def scale(guard: str, state: DenoiseState, instead: str) -> float:
+    """The guidance scale of the step.
+
+    Raises:
+        UnsoundCombination: If it is not known.
+    """
+    if state.guidance_scale is None:
+        raise UnsoundCombination(
+            f"{guard}: expected a known guidance scale, got none: the sampler does not guide, or not by "
+            f"u + g·(c - u) alone; {instead}"
+        )
+    return state.guidance_scale
 
 
 def alone(guard: object, text: Text, state: DenoiseState) -> None:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from steerclear.denoise import DenoiseState
-from steerclear.errors import InvalidInput, UnsoundCombination
+from steerclear.errors import InvalidInput
 from steerclear.guards.base import Requires
-from steerclear.guards.concepts import Text, branch, checked_text, estimate
+from steerclear.guards.concepts import Text, branch, checked_text, estimate, scale
 from steerclear.guards.tracking import wide
 from steerclear.noise import per_sample
 
@@ -104,9 +104,4 @@ class NegativePrompt:
     def _strength(self, state: DenoiseState) -> float:
         if self.strength is not None:
             return self.strength
-        if state.guidance_scale is None:
-            raise UnsoundCombination(
-                "NegativePrompt: expected a guidance scale, from which strength=None takes w - 1, got none; pass a "
-                "strength"
-            )
-        return max(0.0, state.guidance_scale - 1.0)
+        return max(0.0, scale("NegativePrompt", state, "pass a strength") - 1.0)

@@ -157,7 +157,7 @@ class SLD:
         )
         mask = self._mask(per_noise * (concept - conditional))
         gamma = self._with_momentum(mask * (per_noise * (unconditional - concept)), state)
-        push = scale(state) * gamma if warm else torch.zeros_like(gamma)
+        push = scale("SLD", state, "turn guidance_rescale off") * gamma if warm else torch.zeros_like(gamma)
         state.note("masked", mask.flatten(1).mean(1))
         state.note("push", torch.linalg.vector_norm(push.flatten(1), dim=1))
         if not warm:
