@@ -1,0 +1,186 @@
+r"""Safety-Guided Flow (Kim, Kim, Park; ICLR 2026), arXiv:2603.13300.
+
+Samples are repelled by the negation set as by charges: the potential is the squared maximum mean discrepancy between
+the one estimate and the set, with a Gaussian kernel :math:`k(x, y) = e^{-\lVert x - y\rVert^2 / 2\sigma^2}`,
+
+.. math:: E(x) = \mathrm{MMD}^2(\{x\}, D) = \mathrm{const} - 2 Z(x), \qquad Z(x) = \sum_i \bar w_i k(x, y_i)
+
+and the guard climbs it, :math:`\hat x' = \hat x + \lambda \nabla E(\hat x)`, in a window of the trajectory:
+
+.. math:: \nabla E(x) = \frac{2}{\sigma^2} Z(x) \Bigl(x - \frac{\sum_i \bar w_i k(x, y_i)\, y_i}{Z(x)}\Bigr)
+
+It is a safe denoiser with :math:`\beta = Z` and strength :math:`2\lambda/\sigma^2` whose kernel compares estimates. The
+released code follows :math:`+\nabla\sum_i k(x, y_i)`, which points *towards* the references; :meth:`released` does so.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerclear.denoise import DenoiseState
+from steerclear.errors import InvalidInput, NegationMismatch
+from steerclear.guards.base import Guard, Requires, during
+from steerclear.guards.radius import distances, widest
+from steerclear.negation import NegationSet
+from steerclear.noise import per_sample
+
+# The top-k rule makes the kernel this much at the mean of the chosen squared distances.
+LEVEL = 0.05
+
+#: Published settings: end of the window and start of it, as fractions of the trajectory, and scale.
+PRESETS: dict[str, tuple[float, float, float]] = {
+    "nudity": (0.0, 0.2, 0.03),
+    "nudity-headline": (0.0, 0.6, 0.01),
+    "budget-0.4": (0.0, 0.4, 0.015),
+    "budget-0.6": (0.0, 0.6, 0.010),
+    "budget-0.8": (0.0, 0.8, 0.0075),
+    "budget-0.95": (0.0, 0.95, 0.006),
+    "shifted-0.2": (0.2, 0.4, 0.03),
+    "shifted-0.4": (0.4, 0.6, 0.03),
+    "shifted-0.6": (0.6, 0.8, 0.03),
+    "shifted-0.8": (0.8, 0.95, 0.03),
+    "memorisation": (0.0, 0.4, 0.015),
+    "diversity": (0.0, 0.2, 0.03),
+    "diversity-strong": (0.0, 0.2, 1.0),
+    "works": (0.0, 0.95, 0.03),
+    "person": (0.0, 0.4, 0.03),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SafetyGuidedFlow:
+    r"""Repels the denoised estimate from a negation set along the gradient of a kernel discrepancy.
+
+    Args:
+        negation: The images to steer away from, in the sampler's space.
+        strength: :math:`\lambda \ge 0`, in squared latent units; at 0 the guard measures and changes nothing.
+        bandwidth: :math:`\sigma > 0` in latent units; ``None`` chooses one per sample and step, so that the kernel is
+            0.05 at the mean squared distance of the references of ``ranks``.
+        ranks: First and last (exclusive) of the references by distance, from 0. The release takes (3, 6), as if the
+            nearest three were the sample itself; (0, 3) takes the nearest three.
+        toward: A control: the opposite sign, which attracts.
+
+    Call:
+        denoised: Estimate of the clean sample, ``(batch, *shape)``.
+        state: The step's :class:`~steerclear.denoise.DenoiseState`.
+
+    Returns:
+        The guarded estimate in the shape, dtype and device of ``denoised``; ``None`` at strength 0. Rows whose kernels
+        all vanish are bit-identical.
+
+    Notes in the trace:
+        ``kernel``: :math:`Z`; ``bandwidth``: :math:`\sigma`.
+
+    Raises:
+        InvalidInput: For values outside these ranges, or fewer references than ``ranks`` asks for.
+        NegationMismatch: If the set lives in another space than the sampler.
+
+    Cost:
+        No network evaluation; one ``(batch, n)`` distance matrix a step. No host synchronisation.
+
+    Equal to:
+        The identity at ``strength=0``. With a fixed bandwidth, the safe denoiser with :math:`\beta = Z` and strength
+        :math:`2\lambda/\sigma^2`.
+
+    References:
+        Safety-Guided Flow, arXiv:2603.13300. What is known of its effect at the published scales:
+        docs/safety-guided-flow.md.
+    """
+
+    negation: NegationSet
+    strength: float
+    bandwidth: float | None = None
+    ranks: tuple[int, int] = (0, 3)
+    toward: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.strength < math.inf:
+            raise InvalidInput(
+                f"SafetyGuidedFlow: expected a finite strength >= 0, got {self.strength}; toward=True is the other sign"
+            )
+        if self.bandwidth is not None and not 0.0 < self.bandwidth < math.inf:
+            raise InvalidInput(f"SafetyGuidedFlow: expected a bandwidth > 0 or None, got {self.bandwidth}")
+        first, last = self.ranks
+        if not 0 <= first < last or (self.bandwidth is None and last > len(self.negation)):
+            raise InvalidInput(
+                f"SafetyGuidedFlow: expected ranks 0 <= first < last <= {len(self.negation)}, the size of the set, got "
+                f"{self.ranks}; add references, choose other ranks, or a fixed bandwidth"
+            )
+
+    @property
+    def requires(self) -> Requires:
+        return Requires(negation=(self.negation,))
+
+    def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
+        if denoised.shape[1:] != self.negation.latents.shape[1:]:
+            raise NegationMismatch(
+                f"SafetyGuidedFlow: expected samples of shape (batch, {', '.join(map(str, self.negation.shape))}), got "
+                f"{tuple(denoised.shape)}; encode the pictures again for this pipeline at this size"
+            )
+        x = denoised.detach().flatten(1).to(widest(denoised))
+        points = self._points(x, state)
+        squared = distances(x, points).square()
+        variance = self._variance(squared)
+        weights = self.negation.weights.to(x)
+        logits = (weights / weights.sum()).log() - squared / (2.0 * variance[:, None])
+        log_z = logits.logsumexp(1)
+        state.note("kernel", log_z.exp())
+        state.note("bandwidth", variance.sqrt())
+        if self.strength == 0.0:
+            return None
+        beta = (2.0 * self.strength / variance) * log_z.exp()
+        # The mean in the references' own precision: converting them at every step would cost more than it gives.
+        mean = (logits.softmax(1).to(points.dtype) @ points).to(x)
+        sign = -1.0 if self.toward else 1.0
+        moved = (x + sign * beta[:, None] * (x - mean)).reshape(denoised.shape)
+        # NaN is not "nothing to do": it is passed on, and the layer raises.
+        return torch.where(per_sample(~(beta <= 0.0), denoised), moved.to(denoised.dtype), denoised)
+
+    def _variance(self, squared: Tensor) -> Tensor:
+        r""":math:`\sigma^2` of every sample, ``(batch,)``."""
+        if self.bandwidth is not None:
+            return torch.full_like(squared[:, 0], self.bandwidth**2)
+        first, last = self.ranks
+        near = squared.topk(last, dim=1, largest=False).values[:, first:].mean(1)
+        return near.clamp_min(1e-24) / (-2.0 * math.log(LEVEL))
+
+    def _points(self, x: Tensor, state: DenoiseState) -> Tensor:
+        """The references ``(n, D)`` on the sample's device, moved there once per trajectory."""
+        known: Tensor | None = state.memory.get((self, "points"))
+        if known is None or known.device != x.device:
+            known = self.negation.latents.flatten(1).to(x.device)
+            state.memory[(self, "points")] = known
+        return known
+
+    @classmethod
+    def published(cls, negation: NegationSet, preset: str = "nudity-headline") -> Guard:
+        """The paper's gradient with the window, scale and ranks of a published experiment.
+
+        Args:
+            negation: The unsafe references.
+            preset: One of :data:`PRESETS`.
+
+        Raises:
+            InvalidInput: For an unknown preset.
+        """
+        start, stop, scale = _preset(preset)
+        return during(cls(negation=negation, strength=scale, ranks=(3, 6)), start=start, stop=stop)
+
+    @classmethod
+    def released(cls, negation: NegationSet, preset: str = "nudity-headline") -> Guard:
+        r"""What the released loop adds, for comparison: :math:`+\nabla\sum_i k`, towards the references, times n/2.
+
+        Use it with ``attach(..., coupling="renoise")``, as the release does. Same arguments and errors as
+        :meth:`published`. Weights of the negation set are kept, which the release does not know.
+        """
+        start, stop, scale = _preset(preset)
+        guard = cls(negation=negation, strength=scale * len(negation) / 2.0, ranks=(3, 6), toward=True)
+        return during(guard, start=start, stop=stop)
+
+
+def _preset(name: str) -> tuple[float, float, float]:
+    if name not in PRESETS:
+        raise InvalidInput(f"SafetyGuidedFlow: expected a preset of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
