@@ -10,6 +10,7 @@ import click
 from steerclear import __version__
 from steerclear.app.cli.demo import demo
 from steerclear.app.cli.evaluate import evaluate
+from steerclear.app.cli.finetune import finetune
 from steerclear.app.cli.generate import generate
 from steerclear.app.cli.guards import guards
 from steerclear.app.cli.models import models
@@ -61,5 +62,5 @@ def main(debug: bool) -> None:
     """Make diffusion models steer clear of unwanted content while they draw, without retraining."""
 
 
-for command in (demo, generate, negate, evaluate, guards, models):
+for command in (demo, generate, negate, evaluate, guards, finetune, models):
     main.add_command(command)

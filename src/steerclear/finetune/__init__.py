@@ -1,0 +1,27 @@
+"""Guards that live in weights: SafeGen.
+
+>>> pipe = steerclear.load("emoji-sd")
+>>> policy = zoo.policy("weapons")
+>>> triplets = Triplets.of_sets(policy.negation, policy.safe, pipe)
+>>> train(pipe, triplets, SafeGen(target="consistent", form="lora", steps=400))
+>>> save(pipe, "no-weapons")
+"""
+
+from steerclear.finetune.adapter import apply, save
+from steerclear.finetune.boxes import Boxes, pixelate, whole_object, whole_picture
+from steerclear.finetune.safegen import SafeGen
+from steerclear.finetune.training import Trained, train
+from steerclear.finetune.triplets import Triplets
+
+__all__ = [
+    "Boxes",
+    "SafeGen",
+    "Trained",
+    "Triplets",
+    "apply",
+    "pixelate",
+    "save",
+    "train",
+    "whole_object",
+    "whole_picture",
+]
