@@ -69,7 +69,7 @@ def overheard(pipe: Any, tell: Callable[[Named], None]) -> Generator[None]:  # n
 def _wrapped(guider: Any, tell: Callable[[Named], None]) -> Generator[None]:  # noqa: ANN401
     own, original = vars(guider).get("forward"), guider.forward
 
-    def forward(**predictions: Tensor) -> Any:  # noqa: ANN401 - the guider's own output
+    def forward(**predictions: Tensor | None) -> Any:  # noqa: ANN401 - the guider's own output
         output = original(**predictions)
         tell(Named(type(guider).__name__, {k: v for k, v in predictions.items() if v is not None}, output[0]))
         return output

@@ -129,8 +129,9 @@ class Settled:
         if last is not None and last[0] is state:
             return
         x = _estimate(state)
-        known = last is not None and 0 <= state.step - last[1] <= 1 and last[2].shape == x.shape
-        move = (squared_norm(x - last[2]) / x[0].numel()).sqrt() if known else x.new_full((len(x),), math.inf)
+        move = x.new_full((len(x),), math.inf)
+        if last is not None and 0 <= state.step - last[1] <= 1 and last[2].shape == x.shape:
+            move = (squared_norm(x - last[2]) / x[0].numel()).sqrt()
         state.memory[self] = (state, state.step, x, move)
 
     def __call__(self, state: DenoiseState) -> Tensor:
