@@ -49,10 +49,10 @@ def estimate(guard: str, text: Text, state: DenoiseState) -> Tensor:
             f"{guard}: expected one text per sample, got {len(text)} for {len(state.x_t)} samples; a single string is "
             "for all of them"
         )
-    noisy, known = state.memory.get(estimate, (None, {}))
-    if noisy is not state.x_t:
+    noisy, step, known = state.memory.get(estimate, (None, None, {}))
+    if noisy is not state.x_t or step != state.step:
         known = {}
-        state.memory[estimate] = (state.x_t, known)
+        state.memory[estimate] = (state.x_t, state.step, known)
     key = text if isinstance(text, str) else tuple(text)
     if key not in known:
         known[key] = wide(state.denoise(state.x_t, state.level, text))
