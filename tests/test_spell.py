@@ -320,7 +320,11 @@ def test_the_pipelines_own_latents_are_certified(kind: str) -> None:
     last = trace.records()[-1]
     assert last["certified"] is True
     assert last["final distance"] >= radius
-    assert trace.records()[0]["active"] >= 0
+    with attach(pipe, SPELL(shields=guard.shields, strength=0.0)) as trace:
+        pipe(**tiny_call(kind))
+    last = trace.records()[-1]
+    assert last["moved"] == pytest.approx(radius - last["distance"], rel=0.1)
+    assert last["final active"] > 0
     assert "certified" not in trace.records()[0]
     with attach(pipe, during(guard, stop=0.5)) as trace:
         pipe(**tiny_call(kind))

@@ -246,16 +246,17 @@ class SPELL:
         refused: list[bool] = state.memory.setdefault((self, "refused"), [False] * len(sample))
         rows = sample.detach().flatten(1).cpu()
         found = self._projections(sample, rows, refused, state)
-        moves = [
-            float(torch.linalg.vector_norm(p.point.double() - x)) for p, x in zip(found, rows.double(), strict=True)
-        ]
+        # Guards that settle may be asked again: then the sample that was given first is what moves are counted from.
+        given, active = state.memory.setdefault((self, "given"), (rows.double(), [0] * len(rows)))
+        active[:] = [max(p.active, count) for p, count in zip(found, active, strict=True)]
+        moves = [float(torch.linalg.vector_norm(p.point.double() - x)) for p, x in zip(found, given, strict=True)]
         refused[:] = [
             gone or not (p.slack >= 0.0 and move <= self.max_move)
             for p, move, gone in zip(found, moves, refused, strict=True)
         ]
         certified = ~torch.tensor(refused)
         state.note("final distance", torch.tensor([p.distance for p in found]))
-        state.note("final active", torch.tensor([p.active for p in found]))
+        state.note("final active", torch.tensor(active))
         state.note("moved", torch.tensor(moves))
         state.note("certified", certified)
         if any(refused):
