@@ -250,15 +250,14 @@ def option(pipe: Any, given: Mapping[str, Any], name: str) -> Any:  # noqa: ANN4
     return given[name] if name in given else known[name].default if name in known else None
 
 
-def check(encoder: Encoder, expected: Tensor | None, found: Tensor) -> None:
+def check(encoder: Encoder, expected: Tensor, found: Tensor) -> None:
     """Refuse if ``found``, a part of what the pipeline encoded, is not what ``encoder`` makes of the same text.
 
     Raises:
         UnsupportedPipeline: If they differ by more than rounding.
     """
     found = _wide(found)
-    same = expected is not None and expected.shape == found.shape
-    if not (same and bool((expected - found).norm() <= TOLERANCE * found.norm())):
+    if expected.shape != found.shape or not bool((expected - found).norm() <= TOLERANCE * found.norm()):
         raise UnsupportedPipeline(
             f"{type(encoder.pipe).__name__}: expected the output of {encoder.name} in its place in the prompt's "
             "embedding, got something else; without LoRA scales on the text encoder and other changes of "
