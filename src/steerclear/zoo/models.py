@@ -55,6 +55,12 @@ _SHIPPED = (
         architecture="StableDiffusionPipeline, 64×64",
         licence="Apache-2.0; trained on Noto (Apache-2.0) and Fluent (MIT) emoji, see NOTICE",
     ),
+    ShippedModel(
+        name="emoji-dit",
+        draws="94 of the same things from the name of a class: food-drink, tools, animals, …",
+        architecture="DiTPipeline, 64×64",
+        licence="Apache-2.0; trained on Noto (Apache-2.0) and Fluent (MIT) emoji, see NOTICE",
+    ),
 )
 
 
