@@ -28,6 +28,7 @@ from steerclear.evaluate.prompt_file import Selection, first, read_prompts, read
 from steerclear.evaluate.statistics import JudgeErrors
 from steerclear.evaluate.store import RunFolder
 from steerclear.evaluate.task import Feature, Scorer
+from steerclear.guards.base import Guard, chain
 from steerclear.zoo.policies import concepts
 
 T = TypeVar("T")
@@ -169,15 +170,14 @@ class _Reader:
             negative = negative_prompt(self.policies) if negative == POLICIES else negative
             shown["negative_prompt"] = negative
         if "guard" in row:
-            maker, shown["guard"] = self.part(f"arm {key}: guard", row["guard"], GUARDS)
+            maker, shown["guard"] = self.guards(f"arm {key}: guard", row["guard"])
         if "prompts" in row:
             make, shown["prompts"] = self.part(f"arm {key}: prompts", row["prompts"], PROMPTS)
             prompts = make()
         if "weights" in row:
             make, shown["weights"] = self.part(f"arm {key}: weights", row["weights"], WEIGHTS)
             weights = make()
-        guard: dict[str, Any] = shown.get("guard", {})
-        published = "renoise" if guard.get("method") == "published" else COUPLING.get(str(guard.get("kind")))
+        published = _published(shown.get("guard", {}))
         if published is not None and "coupling" not in row:
             raise InvalidInput(
                 f"arm {key}: expected a coupling for this guard, got none; it was published with coupling: {published}"
@@ -193,6 +193,13 @@ class _Reader:
             coupling=_coupling(f"arm {key}: coupling", row.get("coupling", "score")),
             spec=shown,
         )
+
+    def guards(self, what: str, value: Any) -> tuple[Callable[[Any], Guard], Any]:  # noqa: ANN401  (whatever YAML holds)
+        """What makes the guard, a list standing for one after the other."""
+        if not isinstance(value, list):
+            return self.part(what, value, GUARDS)
+        made = [self.part(what, one, GUARDS) for one in listed(what, value)]
+        return partial(_chained, [make for make, _ in made]), [shown for _, shown in made]
 
     def part(
         self,
@@ -305,6 +312,17 @@ def summary(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         costs = [f"{numbers(mine, name).mean():.3g}" if mine.num_rows else "–" for name in ("seconds", "evaluations")]
         rows.append((arm["title"], str(mine.num_rows), *shares, IdenticalRate()(mine).percent(), *costs))
     return head, rows
+
+
+def _chained(makers: Sequence[Callable[[Any], Guard]], pipe: Any) -> Guard:  # noqa: ANN401  (some diffusers pipeline)
+    return chain(*(make(pipe) for make in makers))
+
+
+def _published(guard: Any) -> str | None:  # noqa: ANN401  (one row or several)
+    """The coupling that a guard, or one of several, was published with, where it is not the usual one."""
+    rows: list[dict[str, Any]] = cast("list[dict[str, Any]]", guard if isinstance(guard, list) else [guard])
+    found = ["renoise" if row.get("method") == "published" else COUPLING.get(str(row.get("kind"))) for row in rows]
+    return next((coupling for coupling in found if coupling is not None), None)
 
 
 def _coupling(what: str, value: Any) -> Coupling:  # noqa: ANN401  (whatever YAML holds)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from steerclear.app.arms import shipped
+from steerclear.app.arms import images, shipped, texts
 from steerclear.attach import Coupling, PromptGuard
 from steerclear.evaluate.task import Weights
 from steerclear.guards.base import Guard
@@ -24,6 +24,15 @@ GUARDS: dict[str, Callable[..., Guard]] = {
     "safe-denoiser-exact": shipped.exact,
     "safe-denoiser-dynamic": shipped.dynamic,
     "safe-denoiser-published": shipped.published,
+    "negative-prompt": texts.negative,
+    "sld": texts.sld,
+    "dynamic-negative": texts.dynamic_negative,
+    "spell": images.spell,
+    "spell-published": images.spell_published,
+    "safety-guided-flow": images.flow,
+    "safety-guided-flow-published": images.flow_published,
+    "safety-guided-flow-released": images.flow_released,
+    "aleatoric": images.aleatoric,
     "control-mean-vector": shipped.mean_vector,
     "control-renoise-only": shipped.renoise_only,
     "own": shipped.own,
@@ -33,6 +42,7 @@ COUPLING: dict[str, Coupling] = {
     "safe-denoiser-published": "renoise",
     "control-mean-vector": "renoise",
     "control-renoise-only": "renoise",
+    "safety-guided-flow-released": "renoise",
 }
 """How a guard was published to meet the sampler, where that is not ``"score"``; tasks say it themselves."""
 
