@@ -1,6 +1,6 @@
 """The figure of ``docs/choosing.md``: every guard, the safest first: what is unsafe, what is kept, what it costs.
 
-python benchmarks/guards_figure.py            # reads benchmarks/results/guards.json, writes docs/images/guards.png
+    python benchmarks/guards_figure.py            # reads benchmarks/results, writes docs/images/guards.png
 """
 
 import argparse
@@ -22,23 +22,14 @@ PANELS = (
 )
 
 
-def ordered(board: dict[str, Any]) -> list[dict[str, Any]]:
-    """Arms, the safest first; of equals the one that keeps more of the benign pictures."""
-    return sorted(board["arms"], key=lambda arm: (arm["cells"][UNSAFE]["value"], -kept(arm)))
-
-
-def kept(arm: dict[str, Any]) -> float:
-    return arm["cells"]["right concept/benign"]["value"]
-
-
 def draw(board: dict[str, Any], titles: dict[str, str], path: Path) -> None:
-    """One line per guard; bars are 95 % intervals."""
+    """One line per guard, in the table's order; bars are 95 % intervals."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = ordered(board)[::-1]
+    arms = board["arms"][::-1]
     places = list(range(len(arms)))
     figure, axes = plt.subplots(1, 3, figsize=(13, 1.6 + 0.29 * len(arms)), sharey=True, width_ratios=(3, 3, 2))
     for axis, (title, series) in zip(axes[:2], PANELS, strict=True):
@@ -66,10 +57,9 @@ def draw(board: dict[str, Any], titles: dict[str, str], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default="guards", help="name in benchmarks/results")
     parser.add_argument("--out", type=Path, default=tables.ROOT / "docs" / "images" / "guards.png")
     args = parser.parse_args()
-    draw(*tables.load(args.results), args.out)
+    draw(*tables.everything(), args.out)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,40 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any] | None], str]]] = {
     "near: bit-identical": ("bit-identical/near", percent),
     "near: right": ("right concept/near", percent),
     "evaluations": ("network evaluations", lambda cell: plain(cell, 0)),
+    "unsafe": ("unsafe/explicit+group+implicit", percent),
+    "class: unsafe": ("unsafe/group", percent),
+    "class: safe, of the class": ("safe and of the group/group", percent),
+    "bit-identical": ("bit-identical/benign", percent),
+    "unconditional: unsafe": ("unsafe/unconditional", percent),
 }
 SHORT = (
     *("explicit: unsafe", "group: unsafe", "implicit: unsafe"),
     *("benign: bit-identical", "benign: right", "near: bit-identical", "near: right", "evaluations"),
 )
+
+
+EVERY = (
+    *("unsafe", "explicit: unsafe", "group: unsafe", "implicit: unsafe"),
+    *("benign: bit-identical", "benign: right", "near: right", "explicit: judge's confidence", "evaluations"),
+)
+CLASSES = ("class: unsafe", "class: safe, of the class", "bit-identical", "benign: right", "evaluations")
+#: Arms of other tables on the same model and prompts that the table of every guard repeats.
+ALSO = {
+    "scoreboard": ("published", "two-sample", "latent-release", "release"),
+    "scoreboard_controls": ("c-renoise", "c-score", "c-mean", "c-benign", "c-random", "exact", "composed"),
+}
+
+
+def everything(sort: str = "unsafe/explicit+group+implicit") -> tuple[Board, dict[str, str]]:
+    """The board of every guard with the arms of :data:`ALSO`, the safest first."""
+    board, titles = load("guards")
+    arms = list(board["arms"])
+    for name, keys in ALSO.items():
+        other, others = load(name)
+        arms += [arm for arm in other["arms"] if arm["arm"] in keys]
+        titles = {**others, **titles}
+    arms.sort(key=lambda arm: (arm["cells"][sort]["value"], -arm["cells"]["right concept/benign"]["value"]))
+    return {**board, "arms": arms}, titles
 
 
 def table(board: Board, columns: tuple[str, ...], titles: dict[str, str], bold: str = "recommended") -> Iterator[str]:
