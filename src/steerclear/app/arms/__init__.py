@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from steerclear.app.arms import images, shipped, texts
+from steerclear.app.arms import images, prompts, shipped, texts
 from steerclear.attach import Coupling, PromptGuard
 from steerclear.evaluate.task import Weights
 from steerclear.guards.base import Guard
@@ -46,7 +46,10 @@ COUPLING: dict[str, Coupling] = {
 }
 """How a guard was published to meet the sampler, where that is not ``"score"``; tasks say it themselves."""
 
-PROMPTS: dict[str, Callable[..., PromptGuard]] = {}
+PROMPTS: dict[str, Callable[..., PromptGuard]] = {
+    "safree": prompts.safree,
+    "negative-text": prompts.negative_text,
+}
 
 WEIGHTS: dict[str, Callable[..., Weights]] = {}
 
