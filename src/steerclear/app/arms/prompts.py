@@ -13,16 +13,16 @@ def safree(
     alpha: float = 0.01,
     order: str = "code",
     filtered: bool = True,
-    negative: bool = False,
+    negative: str | None = None,
 ) -> PromptGuard:
-    """SAFREE over the policies' concepts; ``negative`` adds the plain negative prompt, as all published runs do."""
+    """SAFREE over the policies' concepts; ``negative``: a negative prompt beside it, as all published runs have."""
     concepts = [concept for name in policies for concept in zoo.policy(name).concepts]
     return SAFREE(
         concepts=concepts,
         alpha=alpha,
         order="paper" if order == "paper" else "code",
         filter=FILTERS["nudity"] if filtered else None,
-        negative=negative_prompt(policies) if negative else False,
+        negative=negative or False,
     )
 
 
