@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         MissingExtra,
         NegationFileError,
         NegationMismatch,
+        SampleRefused,
         SteerclearError,
         UnsoundCombination,
         UnsupportedPipeline,
@@ -19,12 +20,22 @@ if TYPE_CHECKING:
     )
     from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task
     from steerclear.guards import (
+        SLD,
+        SPELL,
+        AleatoricGuidance,
+        Certain,
         ConditionalRelease,
         Dynamic,
+        DynamicNegativeGuidance,
+        FinishedSamples,
         Guard,
+        NegativePrompt,
         SafeDenoiser,
+        SafetyGuidedFlow,
         Seen,
         SeenReferences,
+        Settled,
+        Shield,
         TrackedRelease,
         TwoSample,
         chain,
@@ -33,16 +44,21 @@ if TYPE_CHECKING:
     )
     from steerclear.negation import NegationSet
     from steerclear.noise import NoiseLevel
+    from steerclear.prompts import SAFREE, NegativeText
     from steerclear.zoo import load
 
 __version__ = "0.1.0"
 
 # Imported on first use, so that `import steerclear` and `steerclear --help` stay fast.
 _HOME = {
+    "AleatoricGuidance": "guards",
     "Arm": "evaluate",
+    "Certain": "guards",
     "ConditionalRelease": "guards",
     "DenoiseState": "denoise",
     "Dynamic": "guards",
+    "DynamicNegativeGuidance": "guards",
+    "FinishedSamples": "guards",
     "Guard": "guards",
     "GuardNotApplied": "errors",
     "GuardedDenoiser": "denoise",
@@ -52,12 +68,21 @@ _HOME = {
     "NegationFileError": "errors",
     "NegationMismatch": "errors",
     "NegationSet": "negation",
+    "NegativePrompt": "guards",
+    "NegativeText": "prompts",
     "NoiseLevel": "noise",
     "Prompt": "evaluate",
+    "SAFREE": "prompts",
+    "SLD": "guards",
+    "SPELL": "guards",
     "SafeDenoiser": "guards",
+    "SafetyGuidedFlow": "guards",
+    "SampleRefused": "errors",
     "Sampling": "evaluate",
     "Seen": "guards",
     "SeenReferences": "guards",
+    "Settled": "guards",
+    "Shield": "guards",
     "SteerclearError": "errors",
     "Task": "evaluate",
     "Trace": "attach",
@@ -77,10 +102,17 @@ _HOME = {
 }
 
 __all__ = [
+    "SAFREE",
+    "SLD",
+    "SPELL",
+    "AleatoricGuidance",
     "Arm",
+    "Certain",
     "ConditionalRelease",
     "DenoiseState",
     "Dynamic",
+    "DynamicNegativeGuidance",
+    "FinishedSamples",
     "Guard",
     "GuardNotApplied",
     "GuardedDenoiser",
@@ -90,12 +122,18 @@ __all__ = [
     "NegationFileError",
     "NegationMismatch",
     "NegationSet",
+    "NegativePrompt",
+    "NegativeText",
     "NoiseLevel",
     "Prompt",
     "SafeDenoiser",
+    "SafetyGuidedFlow",
+    "SampleRefused",
     "Sampling",
     "Seen",
     "SeenReferences",
+    "Settled",
+    "Shield",
     "SteerclearError",
     "Task",
     "Trace",
