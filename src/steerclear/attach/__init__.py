@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager
 from types import ModuleType
 
 from steerclear.attach.api import Pipeline, PromptGuard, apply_guard, attach, remove_guard, suspended
+from steerclear.attach.clip import Clip, ClipScore, Preparation, sfw
 from steerclear.attach.coupling import Coupling
+from steerclear.attach.decoder import Decoder, decoder_of
 from steerclear.attach.space import PipelineEncoder, encoder_of
 from steerclear.attach.trace import CallRecord, StepRecord, Trace
 from steerclear.attach.walk import see, walk
@@ -17,16 +19,22 @@ from steerclear.guards.base import Guard
 
 __all__ = [
     "CallRecord",
+    "Clip",
+    "ClipScore",
     "Coupling",
+    "Decoder",
     "PipelineEncoder",
+    "Preparation",
     "PromptGuard",
     "StepRecord",
     "Trace",
     "apply_guard",
     "attach",
+    "decoder_of",
     "encoder_of",
     "remove_guard",
     "see",
+    "sfw",
     "suspended",
     "walk",
 ]

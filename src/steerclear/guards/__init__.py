@@ -13,7 +13,9 @@ from steerclear.guards.radius import radius_of
 from steerclear.guards.safe_denoiser import SafeDenoiser
 from steerclear.guards.safety_guided_flow import SafetyGuidedFlow
 from steerclear.guards.seen import Seen
+from steerclear.guards.seen_posterior import SeenPosterior
 from steerclear.guards.seen_references import SeenReferences
+from steerclear.guards.sfw import SFW
 from steerclear.guards.sld import SLD
 from steerclear.guards.spell import SPELL, Shield
 from steerclear.guards.subspace import Subspace
@@ -21,6 +23,7 @@ from steerclear.guards.tracked_release import TrackedRelease
 from steerclear.guards.weights import Dynamic, Gate, TwoSample, Weight
 
 __all__ = [
+    "SFW",
     "SLD",
     "SPELL",
     "AleatoricGuidance",
@@ -38,6 +41,7 @@ __all__ = [
     "SafeDenoiser",
     "SafetyGuidedFlow",
     "Seen",
+    "SeenPosterior",
     "SeenReferences",
     "Settled",
     "Shield",
