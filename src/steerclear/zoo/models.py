@@ -61,6 +61,12 @@ _SHIPPED = (
         architecture="DiTPipeline, 64×64",
         licence="Apache-2.0; trained on Noto (Apache-2.0) and Fluent (MIT) emoji, see NOTICE",
     ),
+    ShippedModel(
+        name="avatars-ddpm",
+        draws="faces of pixels, with or without glasses, hat and beard, from noise alone",
+        architecture="DDIMPipeline, 16×16 pixels",
+        licence="Apache-2.0; trained on avatars of DiceBear's Pixel Art style (CC0 1.0), see NOTICE",
+    ),
 )
 
 
