@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steerclear.errors import InvalidInput, NegationMismatch, SteerclearError, UnsupportedPipeline
-from steerclear.finetune import SafeGen, Triplets, apply, boxes, pixelate, save, train, training, whole_object
+from steerclear.finetune import (
+    SafeGen,
+    Triplets,
+    apply,
+    as_adapter,
+    boxes,
+    pixelate,
+    save,
+    train,
+    training,
+    whole_object,
+)
 from steerclear.finetune.network import Network, trainable
 from steerclear.finetune.safegen import clean_target, squared_error
 from steerclear.negation import NegationSet, encoder_of
@@ -206,6 +217,12 @@ def test_the_average_is_that_of_diffusers():
     torch.testing.assert_close(state.average["w"], reference.shadow_params[0])
 
 
+def test_the_learning_rate_falls_to_zero_after_its_plateau():
+    method = SafeGen(steps=10, cool=0.6, learning_rate=2.0)
+    assert [method.rate(step) for step in range(10)] == pytest.approx([2.0] * 7 + [1.5, 1.0, 0.5])
+    assert {SafeGen(learning_rate=2.0, steps=3).rate(step) for step in range(3)} == {2.0}
+
+
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(0, 40))
 def test_every_row_comes_once_a_pass(rows, batch, start):
     first = -(-start // rows) * rows  # the next pass begins here
@@ -267,6 +284,24 @@ def test_a_half_precision_adapter_is_nearly_the_same(triplets, tmp_path):
     sizes = [(tmp_path / name / "pytorch_lora_weights.safetensors").stat().st_size for name in ("half", "full")]
     assert sizes[0] < sizes[1]
     np.testing.assert_allclose(drawn(apply(tiny_pipeline("sd"), tmp_path / "half")), drawn(pipe), atol=2e-2)
+
+
+def test_full_weights_become_the_nearest_adapter(triplets):
+    pipe, base = tiny_pipeline("sd"), tiny_pipeline("sd")
+    train(pipe, triplets, SafeGen(form="full", **FAST), progress=False)
+    for name, value in base.unet.state_dict().items():  # an adapter has no biases
+        if ".attn1." in name and name.endswith("bias"):
+            pipe.unet.state_dict()[name].copy_(value)
+    as_adapter(pipe, base, 64)
+    np.testing.assert_allclose(drawn(base), drawn(pipe), atol=1e-4)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    before, coarse = tiny_pipeline("sd"), tiny_pipeline("sd")
+    as_adapter(pipe, coarse, 2)
+    layer = coarse.unet.get_submodule(name)
+    got = (layer.lora_B["safegen"].weight @ layer.lora_A["safegen"].weight).detach().numpy()
+    wanted = (pipe.unet.get_submodule(name).weight - before.unet.get_submodule(name).weight).detach().numpy()
+    left, values, right = np.linalg.svd(wanted)
+    np.testing.assert_allclose(got, left[:, :2] * values[:2] @ right[:2], atol=1e-6)
 
 
 def test_full_weights_come_back_as_a_pipeline(triplets, tmp_path):
@@ -377,6 +412,8 @@ def test_sets_and_folders_become_triplets(tmp_path):
         {"steps": 1.5},
         {"start": 0.5, "stop": 0.5},
         {"decay": 1.0},
+        {"cool": 1.5},
+        {"captions": -0.1},
     ],
 )
 def test_settings_are_valid_or_refused(wrong):

@@ -27,7 +27,20 @@ def folder(tmp_path):
 
 def test_a_folder_becomes_an_adapter(steerclear, folder, model_folder, tmp_path):
     out = tmp_path / "adapter"
-    words = ("finetune", "safegen", folder, "-o", out, "--model", model_folder, *QUICK, "--sample", "a cat")
+    words = (
+        "finetune",
+        "safegen",
+        folder,
+        "-o",
+        out,
+        "--model",
+        model_folder,
+        *QUICK,
+        "--form",
+        "lora",
+        "--sample",
+        "a cat",
+    )
     result = json.loads(steerclear(*words, "--json").stdout)
     assert result["pairs"] == 4
     assert result["settings"]["form"] == "lora"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,14 +62,14 @@ def load(name: str) -> Boxes:
     if name not in points:
         raise InvalidInput(f"boxes: expected one of {', '.join(available())}, got {name!r}")
     try:
-        found = points[name].load()
+        found: Any = points[name].load()
     except SteerclearError:
         raise
     except Exception as error:
         raise SteerclearError(f"boxes {name!r} do not load: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise SteerclearError(f"boxes {name!r}: expected a callable from a picture to boxes, got {found!r}")
-    return found
+    return cast("Boxes", found)
 
 
 def checked(boxes: Sequence[Box], image: Tensor) -> list[Box]:

@@ -18,8 +18,11 @@ Losses = list[tuple[float, float]]
 
 
 def identity(network: Any, triplets: Triplets, method: SafeGen) -> dict[str, Any]:  # noqa: ANN401  (a diffusers model)
-    """What a checkpoint must agree with: settings but for the number of steps, data, and the weights at the start."""
-    settings = {key: value for key, value in method.spec.items() if key != "steps"}
+    """What a checkpoint must agree with: settings, data, and the weights at the start.
+
+    The number of steps may grow where the learning rate does not depend on it.
+    """
+    settings = {key: value for key, value in method.spec.items() if key != "steps" or method.cool < 1}
     captions = [*triplets.unsafe_captions, *triplets.benign_captions] if method.captions else []
     data = _digest([triplets.unsafe, triplets.mosaic, triplets.benign], captions)
     return {"settings": settings, "triplets": data, "network": _digest(list(network.state_dict().values()))}

@@ -149,7 +149,7 @@ def _record(pipe: Any, module: Any) -> dict[str, Any]:  # noqa: ANN401
         seen.update(kwargs, rows=len(args[0] if args else kwargs["sample"]))
         raise _Recorded
 
-    wishes = {"prompt": "", "num_inference_steps": 1, "output_type": "latent"}
+    wishes: dict[str, Any] = {"prompt": "", "num_inference_steps": 1, "output_type": "latent"}
     wishes["generator"] = torch.Generator().manual_seed(0)
     hook = module.register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -187,6 +187,8 @@ class _State:
 
     def update(self, step: int) -> None:
         r"""One step of AdamW; then the average with decay :math:`\min(d, (1 + n)/(10 + n))` after ``n`` steps."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.method.rate(step)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         decay = min(self.method.decay, (1 + step) / (10 + step)) if step else 0.0

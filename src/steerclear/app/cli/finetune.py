@@ -22,15 +22,15 @@ Examples:
   steerclear finetune safegen --policy weapons -o no-weapons          shipped model and policy
   steerclear finetune safegen --policy weapons --draw "a dagger" --draw "an axe" -o no-weapons
                                                                       … and pictures that the model draws itself
-  steerclear finetune safegen pictures/ --model ./my-sd -o my-sd-safe --preset published
+  steerclear finetune safegen pictures/ --model ./my-sd -o adapter --preset published --form lora
                                                                       pictures/unsafe, pictures/benign
-  steerclear finetune safegen --negation bad.safetensors --safe good.safetensors --model ./my-sd -o adapter
+  steerclear finetune safegen --negation bad.safetensors --safe good.safetensors --model ./my-sd -o my-sd-safe
 \b
 OUT then holds
-  pytorch_lora_weights.safetensors   the adapter: pipe.load_lora_weights("OUT"); with --form full instead a whole
-                                     pipeline: steerclear.load("OUT")
+  a whole pipeline                   steerclear.load("OUT"); with --form lora instead an adapter beside the model's
+                                     own weights: pipe.load_lora_weights("OUT")
   samples.png, report.json           pairs, pictures before and after; settings and losses
-  checkpoint.safetensors             run the same command again to go on after an interruption, or with more --steps
+  checkpoint.safetensors             run the same command again to go on after an interruption
 \b
 Needs float32, and a UNet with self-attention layers (Stable Diffusion 1.x, 2.x, XL). An adapter needs PEFT:
   pip install 'steerclear[finetune]'
