@@ -1,4 +1,4 @@
-"""``classes.yaml`` as a value, and the recipe of emoji-sd as importable modules: both models share art and autoencoder."""
+"""``classes.yaml`` as a value, and the recipe of emoji-sd importable: both models share art and autoencoder."""
 
 import sys
 from pathlib import Path

@@ -24,6 +24,7 @@ def main() -> None:
     pipe = DiTPipeline.from_pretrained(args.out / "emoji-dit", dtype=torch.float16)
     pipe.register_to_config(id2label=dict(enumerate(classes.load())))  # DiTPipeline reads it, and does not keep it
     ship(pipe, TARGET)
+    (TARGET / "classes.json").write_text(json.dumps(classes.load(), indent=1) + "\n")
     index = json.loads((TARGET / "model_index.json").read_text())
     size = sum(path.stat().st_size for path in TARGET.rglob("*") if path.is_file())
     print(f"{size / 1e6:.1f} MB in {TARGET}: {', '.join(index['id2label'].values())}")

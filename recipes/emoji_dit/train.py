@@ -3,8 +3,8 @@
     python recipes/emoji_dit/train.py --build build/emoji-sd --out build/emoji-dit --minutes 50
 
 Needs ``images.npy``, ``items.json`` and ``vae`` of ``../emoji_sd`` in BUILD. A class is a group of concepts
-(``classes.yaml``); nothing but the class is told. Every concept of a class is drawn equally often, whatever its number of
-vendors, so that the right share of each is known. v-prediction, scaled-linear betas, half-weight min-SNR-5, AdamW with
+(``classes.yaml``); nothing but the class is told. Every concept is drawn equally often, whatever its number of vendors,
+so that the right share of each is known. v-prediction, scaled-linear betas, half-weight min-SNR-5, AdamW with
 linear decay over the last 40 %, exponential moving average, 10 % empty labels. One process, one thread, bfloat16
 autocast. Checkpoints every three minutes; run again to resume. Writes ``OUT/emoji-dit`` as a DiTPipeline.
 """

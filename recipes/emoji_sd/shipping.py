@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def ship(pipe: Any, folder: Path) -> None:  # noqa: ANN401 - any diffusers pipeline
+def ship(pipe: Any, folder: Path) -> None:
     """Writes ``pipe`` to ``folder``, in place of what is there."""
     shutil.rmtree(folder, ignore_errors=True)
     pipe.save_pretrained(folder, safe_serialization=True)

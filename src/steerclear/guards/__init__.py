@@ -11,6 +11,7 @@ from steerclear.guards.negative_prompt import NegativePrompt
 from steerclear.guards.published import PublishedLoop
 from steerclear.guards.radius import radius_of
 from steerclear.guards.safe_denoiser import SafeDenoiser
+from steerclear.guards.safe_redirect import SafeRedirect
 from steerclear.guards.safety_guided_flow import SafetyGuidedFlow
 from steerclear.guards.seen import Seen
 from steerclear.guards.seen_posterior import SeenPosterior
@@ -39,6 +40,7 @@ __all__ = [
     "PublishedLoop",
     "Requires",
     "SafeDenoiser",
+    "SafeRedirect",
     "SafetyGuidedFlow",
     "Seen",
     "SeenPosterior",

@@ -4,6 +4,13 @@
 >>> guard = zoo.guard(["weapons", "alcohol"])
 """
 
+from steerclear.zoo.class_conditional import (
+    class_guard,
+    class_references,
+    class_safe_denoiser,
+    classes,
+    see_classes,
+)
 from steerclear.zoo.models import ShippedModel, load, quiet, shipped, use_scheduler
 from steerclear.zoo.policies import (
     Policy,
@@ -19,6 +26,10 @@ from steerclear.zoo.policies import (
 __all__ = [
     "Policy",
     "ShippedModel",
+    "class_guard",
+    "class_references",
+    "class_safe_denoiser",
+    "classes",
     "guard",
     "joined",
     "latent_weight",
@@ -27,6 +38,7 @@ __all__ = [
     "policy",
     "quiet",
     "safe_denoiser",
+    "see_classes",
     "seen_weight",
     "shipped",
     "use_scheduler",
