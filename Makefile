@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo scoreboard test fast lint types format clean
+.PHONY: help demo scoreboard guards test fast lint types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,12 @@ SCOREBOARDS := scoreboard scoreboard_controls scoreboard_stochastic
 scoreboard: $(VENV)/run.stamp ## the tables of the README and the docs: an hour on 2 cores, goes on where it stopped
 	for task in $(SCOREBOARDS); do $(BIN)/steerclear evaluate run benchmarks/$$task.yaml -o out/$$task --workers 2 || exit 1; done
 	$(BIN)/python benchmarks/tables.py --collect $(SCOREBOARDS:%=out/%)
+
+GUARDS := guards guards_stochastic guards_classes guards_unconditional
+guards: $(VENV)/run.stamp ## the tables of docs/choosing.md, every guard on every model: an hour on 2 cores
+	for task in $(GUARDS); do $(BIN)/steerclear evaluate run benchmarks/$$task.yaml -o out/$$task --workers 2 || exit 1; done
+	$(BIN)/python benchmarks/tables.py --collect $(GUARDS:%=out/%)
+	$(BIN)/python benchmarks/guards_figure.py
 
 test: $(VENV)/test.stamp lint types ## lint, types and the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

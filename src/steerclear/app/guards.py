@@ -1,7 +1,7 @@
 """From options of the command line to a guard and its spec. Guards have names only here, at the edge."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ class GuardChoice:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
 
     def __post_init__(self) -> None:
-        if self.given and not (self.policies or self.negations):
+        if self.given and not (self.policies or self.negations or free(self.kinds)):
             raise InvalidInput("guard: expected --policy NAME or --negation FILE to steer away from, got neither")
         if not self.negations and (self.safe or self.bandwidth is not None or self.prior is not None):
             raise InvalidInput(
@@ -123,12 +123,14 @@ def build(choice: GuardChoice, pipe: Any) -> Chosen:  # noqa: ANN401  (some diff
 
     own = choice.kinds or (("safe-denoiser",) if choice.safe else ("dynamic",))
     guards = [_own(kind, path, choice) for path in choice.negations for kind in own]
-    if not choice.policies:
+    if choice.negations and not choice.policies:
         return Chosen(guards=tuple(guards))
+    if not choice.given:
+        return Chosen()
     kinds = choice.kinds or ("recommended",)
     _ = choice.coupling  # refuses kinds that do not go together before anything is loaded
     tables: tuple[Mapping[str, Callable[..., Any]], ...] = (GUARDS, PROMPTS, WEIGHTS)
-    known = {name: make for table in tables for name, make in table.items() if "policies" in _takes(make)}
+    known = {name: make for table in tables for name, make in table.items() if name != "own"}
     if unknown := [kind for kind in kinds if kind not in known]:
         raise InvalidInput(f"guard: expected a kind of {', '.join(known)}; got {', '.join(unknown)}")
     given = dict(choice.settings) | ({} if choice.strength is None else {"strength": choice.strength})
@@ -140,12 +142,20 @@ def build(choice: GuardChoice, pipe: Any) -> Chosen:  # noqa: ANN401  (some diff
     made: list[list[Any]] = [[], [], []]
     for kind in kinds:
         settings = {name: value for name, value in given.items() if name in _takes(known[kind])}
-        settings["policies"] = list(choice.policies)
+        if "policies" in _takes(known[kind]):
+            settings["policies"] = list(choice.policies)
         place = next(index for index, table in enumerate(tables) if kind in table)
         made[place].append(known[kind](pipe, **settings) if place == 0 else known[kind](**settings))
     if max(len(made[1]), len(made[2])) > 1:
         raise InvalidInput(f"guard: expected one guard of prompts and one of weights, got more in {', '.join(kinds)}")
     return Chosen(guards=(*made[0], *guards), prompts=next(iter(made[1]), None), weights=next(iter(made[2]), None))
+
+
+def free(kinds: Sequence[str]) -> bool:
+    """Whether all of these kinds are guards that take no policies."""
+    from steerclear.app.arms import GUARDS
+
+    return bool(kinds) and all(kind in GUARDS and "policies" not in _takes(GUARDS[kind]) for kind in kinds)
 
 
 def _takes(make: Callable[..., Any]) -> tuple[str, ...]:

@@ -25,12 +25,14 @@ class ShippedModel:
         draws: What it is for, in one line.
         architecture: Pipeline class and size of the pictures.
         licence: Of the weights, and of the art that they were trained on.
+        guard: Kind of guard that the command line draws with unless told otherwise.
     """
 
     name: str
     draws: str
     architecture: str
     licence: str
+    guard: str = "recommended"
 
     @property
     def path(self) -> Path:
@@ -59,12 +61,14 @@ _SHIPPED = (
         name="emoji-dit",
         draws="94 of the same things from the name of a class: food-drink, tools, animals, …",
         architecture="DiTPipeline, 64×64",
+        guard="class-safe-denoiser",
         licence="Apache-2.0; trained on Noto (Apache-2.0) and Fluent (MIT) emoji, see NOTICE",
     ),
     ShippedModel(
         name="avatars-ddpm",
         draws="faces of pixels, with or without glasses, hat and beard, from noise alone",
         architecture="DDIMPipeline, 16×16 pixels",
+        guard="avatars-without",
         licence="Apache-2.0; trained on avatars of DiceBear's Pixel Art style (CC0 1.0), see NOTICE",
     ),
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from steerclear.app.arms import images, prompts, shipped, texts
+from steerclear.app.arms import images, others, prompts, shipped, texts, weights
 from steerclear.attach import Coupling, PromptGuard
 from steerclear.evaluate.task import Weights
 from steerclear.guards.base import Guard
@@ -32,7 +32,12 @@ GUARDS: dict[str, Callable[..., Guard]] = {
     "safety-guided-flow": images.flow,
     "safety-guided-flow-published": images.flow_published,
     "safety-guided-flow-released": images.flow_released,
+    "sfw": images.sfw,
     "aleatoric": images.aleatoric,
+    "class-safe-denoiser": others.class_denoiser,
+    "avatars-without": others.avatars_without,
+    "avatars-forget": others.avatars_forget,
+    "avatars-other": others.avatars_other,
     "control-mean-vector": shipped.mean_vector,
     "control-renoise-only": shipped.renoise_only,
     "own": shipped.own,
@@ -43,6 +48,7 @@ COUPLING: dict[str, Coupling] = {
     "control-mean-vector": "renoise",
     "control-renoise-only": "renoise",
     "safety-guided-flow-released": "renoise",
+    "sfw": "sample",
 }
 """How a guard was published to meet the sampler, where that is not ``"score"``; tasks say it themselves."""
 
@@ -51,7 +57,7 @@ PROMPTS: dict[str, Callable[..., PromptGuard]] = {
     "negative-text": prompts.negative_text,
 }
 
-WEIGHTS: dict[str, Callable[..., Weights]] = {}
+WEIGHTS: dict[str, Callable[..., Weights]] = {"safegen": weights.safegen}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

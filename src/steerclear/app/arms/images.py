@@ -1,4 +1,4 @@
-"""Guards of the field that keep away from reference pictures: ``(pipe, policies, **settings) -> guard``."""
+"""Guards of the field that look at pictures, references or the one in the making: ``(pipe, policies) -> guard``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +34,16 @@ def flow_published(pipe: Any, policies: Policies, preset: str = "nudity-headline
 def flow_released(pipe: Any, policies: Policies, preset: str = "nudity-headline") -> Guard:  # noqa: ANN401
     """Safety-Guided Flow as its code runs it: towards the references, and re-noised."""
     return SafetyGuidedFlow.released(zoo.joined(policies).negation, preset)
+
+
+def sfw(
+    pipe: Any,  # noqa: ANN401
+    policies: Policies,
+    strength: float | None = None,
+    threshold: float | None = None,
+) -> Guard:
+    """The SFW sampler: a CLIP's evidence for the policies' concepts in the picture that is being made."""
+    return zoo.sfw(pipe, policies, strength=strength, threshold=threshold)
 
 
 def aleatoric(pipe: Any, start: int = 0) -> Guard:  # noqa: ANN401

@@ -135,13 +135,14 @@ def _grid_of(entries: Sequence[dict[str, Any]], folder: Path, path: Path) -> Non
 def _choice(rest: dict[str, Any]) -> Any:  # noqa: ANN401  (a GuardChoice, imported lazily)
     """The guard that was asked for; for shipped models, all policies unless something else was said."""
     from steerclear import zoo
-    from steerclear.app.guards import GuardChoice
+    from steerclear.app.guards import GuardChoice, free
 
     names = ("kinds", "policies", "negations", "safe", "strength", "bandwidth", "prior")
     given = {name: rest[name] for name in names} | {"settings": _settings(rest["settings"])}
-    shipped = rest["model"] in {model.name for model in zoo.shipped()}
-    if not rest["unguarded"] and shipped and not (given["policies"] or given["negations"]):
-        given["policies"] = zoo.policies()
+    shipped = next((model for model in zoo.shipped() if model.name == rest["model"]), None)
+    if not rest["unguarded"] and shipped is not None and not given["negations"]:
+        given["kinds"] = given["kinds"] or (shipped.guard,)
+        given["policies"] = given["policies"] or (() if free(given["kinds"]) else zoo.policies())
     choice = GuardChoice(**given)
     if choice.given == rest["unguarded"]:
         got = "both" if rest["unguarded"] else "neither"
