@@ -6,8 +6,8 @@ Draws one class of ``emoji-dit`` without a guard and with every arm at the same 
 every picture. Whether the safe concepts keep their shares: chi-squared homogeneity, once against the same seeds without
 a guard (paired, so conservative) and once against as many other seeds (independent), with permutation p-values because
 expected counts are small. Resumable: what was drawn lies in ``--build`` by arm and seed. Guards were tuned on seeds
-from 9 000, which no report seed shares. Writes ``results/class_conditional.json`` and the picture of
-``docs/class-conditional.md``.
+from 9 000, which no report seed shares. Writes ``results/class_conditional.json``, and table and picture
+of ``docs/class-conditional.md``.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from steerclear.zoo.class_conditional import REDIRECT, SAFE_DENOISER
 
 ROOT = Path(__file__).parents[1]
 POLICY, CLASS, ELSE = "alcohol", "food-drink", "something else"
+MAIN = ("none", "none-other-seeds", "redirect")
 PRIOR = 0.35  # seven of the class's twenty concepts
 
 
@@ -74,12 +75,12 @@ def published(references: str) -> Callable[[Any, dict[str, Any]], Any]:
 
 def seen(pipe: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401
     """The Safe Denoiser with weight and means from references as the model denoises them."""
-    return zoo.class_safe_denoiser(pipe, POLICY, classes=[CLASS], **call)
+    return zoo.class_guard(pipe, POLICY, classes=[CLASS], **call)
 
 
 def redirect(pipe: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401
     """The recommended guard, with the same references."""
-    return zoo.class_guard(pipe, POLICY, classes=[CLASS], **call)
+    return zoo.class_redirect(pipe, POLICY, classes=[CLASS], **call)
 
 
 ARMS = {
@@ -95,18 +96,31 @@ ARMS = {
 }
 
 
-def drawn(pipe: Any, arm: Arm, key: str, args: argparse.Namespace) -> tuple[Tensor, float]:  # noqa: ANN401
+def hasten(pipe: Any) -> None:  # noqa: ANN401
+    """Runs the network, and nothing else, in bfloat16 autocast."""
+    forward = pipe.transformer.forward
+
+    def cast(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = forward(*args, **kwargs)
+        output.sample = output.sample.float()
+        return output
+
+    pipe.transformer.forward = cast
+
+
+def drawn(pipe: Any, arm: Arm, key: str, samples: int, args: argparse.Namespace) -> tuple[Tensor, float]:  # noqa: ANN401
     """Pictures ``(samples, 3, 64, 64)`` in [0, 1] and seconds; what an earlier run drew is read."""
     call = {"num_inference_steps": args.steps, "guidance_scale": args.cfg}
-    folder = args.build / f"{args.label}-{args.steps}-{args.cfg}" / key
+    folder = args.build / f"{args.label}-{args.steps}-{args.cfg}{'-bf16' if args.bf16 else ''}" / key
     folder.mkdir(parents=True, exist_ok=True)
     parts, seconds, guard = [], 0.0, None
-    for start in tqdm(range(0, args.samples, args.batch), desc=key, unit="batch"):
-        at = folder / f"{arm.seed + start}-{min(args.batch, args.samples - start)}.npz"
+    for start in tqdm(range(0, samples, args.batch), desc=key, unit="batch"):
+        at = folder / f"{arm.seed + start}-{min(args.batch, samples - start)}.npz"
         if not at.exists():
             if guard is None and arm.guard is not None:
                 guard = arm.guard(pipe, call)
-            seeds = range(arm.seed + start, arm.seed + min(start + args.batch, args.samples))
+            seeds = range(arm.seed + start, arm.seed + min(start + args.batch, samples))
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             ids = pipe.get_label_ids([args.label] * len(generators))
             torch.manual_seed(arm.seed + start)  # what re-noising draws
@@ -178,9 +192,44 @@ def sheet(pictures: list[Tensor], columns: int, path: Path) -> None:
     Image.fromarray(np.concatenate(rows[:-1])).save(path)
 
 
+def table(found: dict[str, Any]) -> str:
+    """The arms as Markdown."""
+    lines = [
+        "| | alcohol | of the alcohol pictures, left | in class | safe pictures kept | shares, same seeds "
+        "| shares, other seeds | s a picture |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for each in found["arms"].values():
+        shares = [percent(each[name]) for name in ("unsafe", "left", "in_class", "safe_kept")]
+        tests = [
+            f"χ² = {each[name]['chi2']:.1f}, p = {each[name]['p_permutation']:.3f}"
+            for name in ("same_seeds", "other_seeds")
+        ]
+        cells = [each["title"], *shares, *tests, f"{each['seconds_a_picture']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def percent(estimate: dict[str, float]) -> str:
+    return rate(int(estimate["hits"]), int(estimate["n"])).percent(1)
+
+
+def publish(content: str, page: Path) -> None:
+    """Put the table between the page's markers."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split("<!-- class-conditional -->\n")
+    after = rest.split("<!-- /class-conditional -->")[1]
+    marked = f"<!-- class-conditional -->\n{content}\n<!-- /class-conditional -->"
+    page.write_text(f"{before}{marked}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=320, help="pictures of every arm")
+    parser.add_argument(
+        "--samples", type=int, default=320, help="pictures without a guard and with the recommended one"
+    )
+    parser.add_argument("--others", type=int, default=96, help="pictures of every other arm")
+    parser.add_argument("--bf16", action="store_true", help="the network in bfloat16 autocast: faster on some machines")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=2.0)
     parser.add_argument("--batch", type=int, default=32)
@@ -191,11 +240,14 @@ def main() -> None:
     zoo.quiet()
     pipe, judge = steerclear.load("emoji-dit"), load_detector("emoji-judge")
     pipe.set_progress_bar_config(disable=True)
-    held, unsafe = list(zoo.classes()[args.label]), set(zoo.concepts(POLICY))
-    keys = list(dict.fromkeys(["none", "none-other-seeds", *args.arms]))
+    if args.bf16:
+        hasten(pipe)
+    held, unsafe = list(zoo.classes()[args.label]), set(zoo.policy(POLICY).concepts)
+    keys = [key for key in ARMS if key in {"none", "none-other-seeds", *args.arms}]
     pictures, names, seconds = {}, {}, {}
     for key in keys:
-        pictures[key], seconds[key] = drawn(pipe, ARMS[key], key, args)
+        samples = args.samples if key in MAIN else min(args.others, args.samples)
+        pictures[key], seconds[key] = drawn(pipe, ARMS[key], key, samples, args)
         names[key] = [judge.labels[i] for i in judge(pictures[key]).argmax(1).tolist()]
     found = {
         "command": shlex.join(["python", *sys.argv]),
@@ -203,20 +255,22 @@ def main() -> None:
         "samples": args.samples,
         "steps": args.steps,
         "guidance_scale": args.cfg,
+        "bfloat16": args.bf16,
         "class": args.label,
         "policy": POLICY,
         "settings": {"redirect": dict(REDIRECT), "seen": dict(SAFE_DENOISER)},
         "arms": {
             key: {
                 "title": ARMS[key].title,
-                "seconds_a_picture": seconds[key] / args.samples,
-                **row(names[key], names["none"], names["none-other-seeds"], held, unsafe),
+                "seconds_a_picture": seconds[key] / len(names[key]),
+                **row(names[key], names["none"][: len(names[key])], names["none-other-seeds"], held, unsafe),
             }
             for key in keys
         },
     }
     target = Path(__file__).with_name("results") / "class_conditional.json"
     target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    publish(table(found), ROOT / "docs" / "class-conditional.md")
     if "redirect" in keys:
         sheet(
             [pictures["none"][:32], pictures["redirect"][:32]], 16, ROOT / "docs" / "images" / "class-conditional.png"

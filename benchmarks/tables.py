@@ -51,8 +51,8 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any] | None], str]]] = {
     "unsafe": ("unsafe/explicit+group+implicit", percent),
     "class: unsafe": ("unsafe/group", percent),
     "class: safe, of the class": ("safe and of the group/group", percent),
-    "bit-identical": ("bit-identical/benign", percent),
     "unconditional: unsafe": ("unsafe/unconditional", percent),
+    "share of time": ("guard share of time", percent),
 }
 SHORT = (
     *("explicit: unsafe", "group: unsafe", "implicit: unsafe"),
@@ -64,7 +64,8 @@ EVERY = (
     *("unsafe", "explicit: unsafe", "group: unsafe", "implicit: unsafe"),
     *("benign: bit-identical", "benign: right", "near: right", "explicit: judge's confidence", "evaluations"),
 )
-CLASSES = ("class: unsafe", "class: safe, of the class", "bit-identical", "benign: right", "evaluations")
+CLASSES = ("class: unsafe", "class: safe, of the class", "benign: bit-identical", "benign: right", "evaluations")
+UNCONDITIONAL = ("unconditional: unsafe", "share of time", "evaluations")
 #: Arms of other tables on the same model and prompts that the table of every guard repeats.
 ALSO = {
     "scoreboard": ("published", "two-sample", "latent-release", "release"),
@@ -124,9 +125,21 @@ def pages() -> dict[Path, dict[str, str]]:
         "controls": "\n".join(table(rest, SHORT, rest_titles, bold="")),
         "stochastic": "\n".join(table(noisy, SHORT, noisy_titles)),
     }
+    all_of_them, all_titles = everything()
+    tracked, tracked_titles = load("guards_stochastic")
+    arms = [*noisy["arms"], *(arm for arm in tracked["arms"] if arm["arm"] != "none")]
+    classes, class_titles = load("guards_classes")
+    nothing, nothing_titles = load("guards_unconditional")
+    choosing = {
+        "guards": "\n".join(table(all_of_them, EVERY, all_titles)),
+        "stochastic-guards": "\n".join(table({**noisy, "arms": arms}, SHORT, {**tracked_titles, **noisy_titles})),
+        "classes": "\n".join(table(classes, CLASSES, class_titles, bold="class")),
+        "unconditional": "\n".join(table(nothing, UNCONDITIONAL, nothing_titles, bold="without")),
+    }
     return {
         ROOT / "README.md": {"scoreboard": "\n".join(table(main, SHORT, titles))},
         ROOT / "docs" / "conditional-release.md": method,
+        ROOT / "docs" / "choosing.md": choosing,
     }
 
 

@@ -29,8 +29,6 @@ BENIGN = UNSAFE[:2]
 PICTURES = 5
 SHARED = {"batch": 4, "accumulate": 1, "mosaic": 0.5, "benign": 0.5, "learning_rate": 1e-3, "steps": 1000, "cool": 0.55}
 X0 = {**SHARED, "target": "consistent", "error": "sample", "stop": 0.85}
-#: Longer, slower, and three quarters of the loss for what is to stay.
-KEEPING = {**X0, "captions": 0.8, "steps": 3000, "learning_rate": 6e-4, "mosaic": 0.25, "benign": 0.75}
 #: ``released`` is the published recipe as it is; the others train harder. Full weights also become adapters (RANK).
 VARIANTS = {
     "released": SafeGen.published(),
@@ -39,7 +37,6 @@ VARIANTS = {
     "consistent-full": SafeGen(form="full", **X0),
     "consistent-lora": SafeGen(form="lora", rank=64, **X0),
     "captions-full": SafeGen(form="full", captions=0.8, **X0),
-    "keeping-full": SafeGen(form="full", **KEEPING),
     "captions-lora": SafeGen(form="lora", rank=64, captions=0.8, **X0),
 }
 RANK = 64

@@ -208,7 +208,8 @@ class _Reader:
         known: Mapping[str, Callable[..., T]],
     ) -> tuple[Callable[..., T], dict[str, Any]]:
         """What makes a guard, a prompt guard or weights, and how the records show it."""
-        if not isinstance(value, dict) or (kind := cast("dict[str, Any]", value).get("kind")) not in known:
+        kind = str(cast("dict[str, Any]", value).get("kind")) if isinstance(value, dict) else ""
+        if kind not in known:
             raise InvalidInput(f"{what}: expected a kind one of {', '.join(known)}, got {value!r}")
         takes = [name for name in inspect.signature(known[kind]).parameters if name != "pipe"]
         row = dict(mapping(f"{what} {kind}", cast("dict[str, Any]", value), ("kind", *takes)))

@@ -12,7 +12,7 @@ from steerclear.errors import InvalidInput
 ADAPTERS = Path(zoo.__file__).parent / "adapters"
 
 
-def safegen(policies: Sequence[str], adapter: str = "safegen") -> Callable[[Any], AbstractContextManager[Any]]:
+def safegen(policies: Sequence[str], adapter: str = "safegen-captions") -> Callable[[Any], AbstractContextManager[Any]]:
     """SafeGen's adapter for the shipped model, which knows all policies at once."""
     if set(policies) != set(zoo.policies()):
         raise InvalidInput(

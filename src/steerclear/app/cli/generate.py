@@ -138,7 +138,8 @@ def _choice(rest: dict[str, Any]) -> Any:  # noqa: ANN401  (a GuardChoice, impor
     from steerclear.app.guards import GuardChoice, free
 
     names = ("kinds", "policies", "negations", "safe", "strength", "bandwidth", "prior")
-    given = {name: rest[name] for name in names} | {"settings": _settings(rest["settings"])}
+    given: dict[str, Any] = {name: rest[name] for name in names}
+    given["settings"] = _settings(rest["settings"])
     shipped = next((model for model in zoo.shipped() if model.name == rest["model"]), None)
     if not rest["unguarded"] and shipped is not None and not given["negations"]:
         given["kinds"] = given["kinds"] or (shipped.guard,)
