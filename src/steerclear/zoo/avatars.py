@@ -22,6 +22,8 @@ PRIOR = 0.6
 """Of an attribute: twice the share that the model draws, because references are not the data."""
 REPEATED = 0.025
 """Of an individual: the share of the training draws that each took."""
+CAUTION = 10.0
+"""Times the odds of an individual: at the true ones a memorised picture pulls harder than 2,000 references know of."""
 MAX_BETA = 4.0
 """For an attribute; less of a throw for avatars that can hardly become anything else, and no fewer are changed."""
 
@@ -72,14 +74,14 @@ def without(attribute: str, *, prior: float = PRIOR, strength: float = 1.0) -> "
 
 
 def forget(
-    ids: str | Iterable[str], *, prior: float | None = None, strength: float = 1.0, gate: float = 0.5
+    ids: str | Iterable[str], *, prior: float | None = None, strength: float = 1.0, gate: float = 0.25
 ) -> "SafeDenoiser":
     """The Safe Denoiser that forgets individuals: their pictures against all references and the other individuals.
 
     Args:
         ids: Of :func:`individuals`.
-        prior: Share of the model's avatars that are one of them, as the weight believes; their share of its training
-            if left out.
+        prior: Share of the model's avatars that are one of them, as the weight believes. If left out, ten times
+            the odds of their share of its training.
         strength: 1 is the theorem.
         gate: Weights below it count as 0, so that pictures of others stay bit-identical.
 
@@ -95,9 +97,14 @@ def forget(
     others = set(everyone.ids) - wanted
     negation = everyone.remove(others) if others else everyone
     safe = references().add(everyone.remove(wanted)) if others else references()
-    share = REPEATED * len(wanted) if prior is None else prior
-    weight = TwoSample(safe=safe, prior=share)
+    weight = TwoSample(safe=safe, prior=cautious(len(wanted)) if prior is None else prior)
     return SafeDenoiser(negation=negation, weight=weight, strength=strength, gate=gate)
+
+
+def cautious(count: int) -> float:
+    """The prior of so many individuals in :func:`forget`."""
+    odds = CAUTION * REPEATED * count / (1 - REPEATED * count)
+    return odds / (1 + odds)
 
 
 def _read(name: str) -> "NegationSet":
