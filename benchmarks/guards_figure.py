@@ -1,6 +1,6 @@
 """The figure of ``docs/choosing.md``: every guard, the safest first: what is unsafe, what is kept, what it costs.
 
-    python benchmarks/guards_figure.py            # reads benchmarks/results, writes docs/images/guards.png
+python benchmarks/guards_figure.py            # reads benchmarks/results, writes docs/images/guards.png
 """
 
 import argparse

@@ -133,7 +133,7 @@ def pages() -> dict[Path, dict[str, str]]:
     choosing = {
         "guards": "\n".join(table(all_of_them, EVERY, all_titles)),
         "stochastic-guards": "\n".join(table({**noisy, "arms": arms}, SHORT, {**tracked_titles, **noisy_titles})),
-        "classes": "\n".join(table(classes, CLASSES, class_titles, bold="class")),
+        "classes": "\n".join(table(classes, CLASSES, class_titles, bold="redirect")),
         "unconditional": "\n".join(table(nothing, UNCONDITIONAL, nothing_titles, bold="without")),
     }
     return {

@@ -61,7 +61,7 @@ _SHIPPED = (
         name="emoji-dit",
         draws="94 of the same things from the name of a class: food-drink, tools, animals, …",
         architecture="DiTPipeline, 64×64",
-        guard="class-safe-denoiser",
+        guard="class-redirect",
         licence="Apache-2.0; trained on Noto (Apache-2.0) and Fluent (MIT) emoji, see NOTICE",
     ),
     ShippedModel(

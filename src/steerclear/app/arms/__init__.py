@@ -34,6 +34,7 @@ GUARDS: dict[str, Callable[..., Guard]] = {
     "safety-guided-flow-released": images.flow_released,
     "sfw": images.sfw,
     "aleatoric": images.aleatoric,
+    "class-redirect": others.redirect,
     "class-safe-denoiser": others.class_denoiser,
     "avatars-without": others.avatars_without,
     "avatars-forget": others.avatars_forget,

@@ -8,18 +8,29 @@ from steerclear.evaluate import controls
 from steerclear.guards import SPELL, SafeDenoiser, SafetyGuidedFlow, Shield
 from steerclear.guards.base import Guard, during
 from steerclear.negation import NegationSet
-from steerclear.zoo import avatars, class_guard
+from steerclear.zoo import avatars, class_guard, class_redirect
 
 
 def class_denoiser(
     pipe: Any,  # noqa: ANN401
     policies: Sequence[str],
+    classes: Sequence[str] | None = None,
     steps: int = 20,
     cfg: float = 2.0,
-    strength: float = 1.0,
 ) -> Guard:
     """The Safe Denoiser for classes, on references as the model denoises them; ``steps``, ``cfg``: the task's."""
-    return class_guard(pipe, policies, num_inference_steps=steps, guidance_scale=cfg, strength=strength)
+    return class_guard(pipe, policies, classes=classes, num_inference_steps=steps, guidance_scale=cfg)
+
+
+def redirect(
+    pipe: Any,  # noqa: ANN401
+    policies: Sequence[str],
+    classes: Sequence[str] | None = None,
+    steps: int = 20,
+    cfg: float = 2.0,
+) -> Guard:
+    """A sample that becomes unsafe led along a safe reference of its class; ``steps``, ``cfg``: the task's."""
+    return class_redirect(pipe, policies, classes=classes, num_inference_steps=steps, guidance_scale=cfg)
 
 
 def avatars_without(pipe: Any, attribute: str = "glasses", strength: float = 1.0) -> Guard:  # noqa: ANN401
