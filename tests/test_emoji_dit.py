@@ -61,8 +61,8 @@ def test_guards_over_the_same_autoencoder_fit_and_strength_zero_is_bit_identical
 
 
 def test_the_recommended_guard_takes_alcohol_out_and_leaves_what_is_far_from_it(pipe, judge):
-    unsafe, batch = set(zoo.concepts("alcohol")), ["food-drink"] * 24
-    guard = zoo.class_guard(pipe, "alcohol", classes=["food-drink"])
+    unsafe, batch = set(zoo.policy("alcohol").concepts), ["food-drink"] * 24
+    guard = zoo.class_redirect(pipe, "alcohol", classes=["food-drink"])
     plain = draw(pipe, batch)
     with steerclear.attach(pipe, guard) as trace:
         guarded = draw(pipe, batch)

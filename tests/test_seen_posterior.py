@@ -18,13 +18,13 @@ LABELS = ("axe", "axe", "apple", "pear", "pear")
 UNSAFE = np.array([True, True, False, False, False])
 
 
-def made(seed=0, components=5):
+def made(seed=0, components=5, captions=("thing",) * 5):
     estimates = torch.randn(3, 5, 2, 3, generator=torch.Generator().manual_seed(seed))
     return SeenReferences.of(
         LEVELS,
         estimates,
         labels=LABELS,
-        captions=LABELS,
+        captions=captions,
         unsafe=frozenset({"axe"}),
         space=SPACE,
         components=components,
@@ -97,7 +97,7 @@ def redirect(**settings):
     return SafeRedirect(
         negation=negation(),
         weight=SeenPosterior(references=made(components=5), width=0.3),
-        **{"gate": 0.5, "start": 0.0, "hold": 0.7, **settings},
+        **{"gate": 0.5, "start": 0.0, "hold": 0.6, **settings},
     )
 
 
@@ -121,13 +121,27 @@ def test_a_sample_that_is_unsafe_is_led_along_one_safe_reference_until_it_is_let
     assert guard(estimate, state(LEVELS[2], 2, memory, step=2)) is None
 
 
-def test_every_safe_reference_is_drawn_equally_often_and_alone_as_in_a_batch():
+def led_to(guard, noise, estimate):
+    """Places among the safe references along which samples of these estimates are led."""
+    memory = {}
+    guard(estimate, state(LEVELS[0], len(noise), memory, noise))
+    return memory[(guard, "chosen")]
+
+
+def test_every_safe_reference_is_drawn_about_equally_often_and_alone_as_in_a_batch():
     guard, noise = redirect(), torch.randn(3000, 2, 3, generator=torch.Generator().manual_seed(3))
-    chosen = guard._chosen(state(LEVELS[0], 3000, x_t=noise))
+    axe = seen(guard.weight.references, 0, [0])
+    chosen = led_to(guard, noise, axe.expand(3000, 2, 3))
     # The directions are drawn once, in six dimensions, so the shares are only roughly equal.
     assert (torch.bincount(chosen, minlength=3) / 3000 > 0.15).all()
-    alone = [int(guard._chosen(state(LEVELS[0], 1, x_t=row[None]))) for row in noise[:20]]
-    assert alone == chosen[:20].tolist()
+    assert [int(led_to(guard, row[None], axe)[0]) for row in noise[:20]] == chosen[:20].tolist()
+
+
+def test_a_sample_is_led_only_along_references_of_the_nearest_caption():
+    references = made(captions=("tool", "tool", "fruit", "tool", "tool"))
+    guard = SafeRedirect(negation=negation(), weight=SeenPosterior(references=references), start=0.0)
+    chosen = led_to(guard, torch.randn(200, 2, 3), seen(references, 0, [0]).expand(200, 2, 3))
+    assert set(chosen.tolist()) == {1, 2}
 
 
 def test_gate_one_does_nothing_and_dtypes_come_back():

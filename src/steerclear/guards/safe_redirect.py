@@ -8,8 +8,9 @@ that can be had without any correction of estimates. Once :math:`w(x_t)` has rea
 
 a *safe* reference as the model itself denoises it at this level (:mod:`steerclear.guards.seen`); from
 :math:`t_{hold}` on the model is free again and finishes the picture in its own way. Which reference is drawn from the
-sample's start noise, :math:`n(x_T) = \arg\max_n \langle r_n, x_T\rangle` with fixed Gaussian directions :math:`r_n`:
-every safe reference equally often, reproducible from the seed, independent of the batch. If references stand for the
+sample's start noise, :math:`n(x_T) = \arg\max_n \langle r_n, x_T\rangle` with fixed Gaussian directions :math:`r_n`,
+among the safe references whose caption (the class) is that of the reference nearest to the estimate: each of them
+equally often, reproducible from the seed, independent of the batch. If references stand for the
 concepts of a class in equal numbers, the safe concepts keep their shares.
 
 Not a published method: rejection sampling that begins again in the middle of the trajectory.
@@ -59,7 +60,8 @@ class SafeRedirect:
         NegationMismatch, UnsoundCombination: If the weight's references do not go with the negation set.
 
     Cost:
-        No network evaluation; that of the weight, and one product with as many directions as there are safe references.
+        No network evaluation; that of the weight, one more distance matrix, and once a product with as many directions
+        as there are safe references.
 
     Equal to:
         The identity at ``gate=1`` and for every sample whose weight stays below ``gate``.
@@ -85,12 +87,15 @@ class SafeRedirect:
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
         references, index = self.weight.references, self.weight.references.level(state.level)
-        chosen = self._chosen(state)
+        scores = self._scores(state)
         weight = self.weight.evidence(self.negation, denoised, state, self).sigmoid()
         levels = len(references.log_snr)
         fires = weight.isnan() | (weight >= self.gate if index >= self.start * levels else weight > 1.0)
-        led = state.memory.get((self, "led"), torch.zeros_like(fires)) | fires
-        state.memory[(self, "led")] = led
+        led = state.memory.get((self, "led"), torch.zeros_like(fires))
+        nearest = self._of_the_nearest(denoised, index, scores)
+        chosen = torch.where(led, state.memory.get((self, "chosen"), nearest), nearest)
+        led = led | fires
+        state.memory[(self, "led")], state.memory[(self, "chosen")] = led, chosen
         state.note("weight", weight)
         state.note("led", led)
         if self.gate == 1.0 or index >= math.ceil(self.hold * levels):
@@ -102,13 +107,23 @@ class SafeRedirect:
         seen = torch.where(per_sample(weight.isnan(), x), x, seen)
         return torch.where(per_sample(led, x), seen.to(denoised.dtype), denoised)
 
-    def _chosen(self, state: DenoiseState) -> Tensor:
-        """The safe reference of every sample, drawn from its noise at the first step, ``(batch,)``."""
-        known = state.memory.get((self, "chosen"))
+    def _scores(self, state: DenoiseState) -> Tensor:
+        """What the start noise says to every safe reference, ``(batch, safe)``."""
+        known = state.memory.get((self, "scores"))
         if known is None:
             noise = wide(state.x_t).flatten(1)
             generator = torch.Generator().manual_seed(DIRECTIONS)
             safe = int((~self.weight.references.flagged).sum())
-            known = (noise @ torch.randn(noise.shape[1], safe, generator=generator).to(noise)).argmax(1)
-            state.memory[(self, "chosen")] = known
+            known = noise @ torch.randn(noise.shape[1], safe, generator=generator).to(noise)
+            state.memory[(self, "scores")] = known
         return known
+
+    def _of_the_nearest(self, denoised: Tensor, index: int, scores: Tensor) -> Tensor:
+        """The safe reference of the highest score under the caption of the reference nearest to each estimate."""
+        references = self.weight.references
+        own = references.project(denoised)
+        nearest = torch.cdist(own, references.points[index].to(own)).argmin(1)
+        code = {caption: number for number, caption in enumerate(dict.fromkeys(references.captions))}
+        captions = torch.tensor([code[caption] for caption in references.captions], device=own.device)
+        same = captions[nearest][:, None] == captions[~references.flagged.to(own.device)][None]
+        return scores.masked_fill(~same & same.any(1, keepdim=True), -math.inf).argmax(1)

@@ -6,8 +6,8 @@
 
 from steerclear.zoo.class_conditional import (
     class_guard,
+    class_redirect,
     class_references,
-    class_safe_denoiser,
     classes,
     see_classes,
 )
@@ -27,8 +27,8 @@ __all__ = [
     "Policy",
     "ShippedModel",
     "class_guard",
+    "class_redirect",
     "class_references",
-    "class_safe_denoiser",
     "classes",
     "guard",
     "joined",
