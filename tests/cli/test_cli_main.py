@@ -95,6 +95,6 @@ def test_models(steerclear, shipped):
     assert "emoji-sd" in text
     assert "weapons" in text
     listed = json.loads(steerclear("models", "--json").stdout)
-    assert [model["name"] for model in listed["models"]] == ["emoji-sd"]
+    assert [model["name"] for model in listed["models"]] == ["emoji-sd", "emoji-dit", "avatars-ddpm"]
     assert listed["models"][0]["installed"]
     assert "dagger" in listed["policies"]["weapons"]

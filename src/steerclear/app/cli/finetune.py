@@ -11,7 +11,11 @@ from steerclear.errors import InvalidInput
 _SAMPLES = ("steps", "cfg")
 
 
-@click.group()
+@click.group(
+    epilog="""\b
+Guards that are attached while the model draws:  steerclear guards
+Which one is better, on this model:  docs/choosing.md"""
+)
 def finetune() -> None:
     """Train a guard into a model's weights: no cost while drawing, nothing to attach."""
 
