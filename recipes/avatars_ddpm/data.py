@@ -1,6 +1,6 @@
 """Avatars with labels: five disjoint sets of 16x16 pictures, which is the grid that the art is drawn on.
 
-    npm install --prefix build/avatars-ddpm ./recipes/avatars_ddpm
+    cp recipes/avatars_ddpm/package.json build/avatars-ddpm && npm install --prefix build/avatars-ddpm
     python recipes/avatars_ddpm/data.py --build build/avatars-ddpm
 
 Writes ``SET.npy`` (n, 16, 16, 3) uint8 and ``SET.json`` (seed, attributes, parts of each row) for every set of
