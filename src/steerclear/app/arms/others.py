@@ -38,7 +38,7 @@ def avatars_without(pipe: Any, attribute: str = "glasses", strength: float = 1.0
     return avatars.without(attribute, strength=strength)
 
 
-def avatars_forget(pipe: Any, ids: Sequence[str] | None = None, gate: float = 0.5) -> Guard:  # noqa: ANN401
+def avatars_forget(pipe: Any, ids: Sequence[str] | None = None, gate: float = 0.25) -> Guard:  # noqa: ANN401
     """The Safe Denoiser that forgets individual avatars, all six unless some are named."""
     return avatars.forget(avatars.individuals().ids if ids is None else ids, gate=gate)
 
