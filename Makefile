@@ -34,9 +34,10 @@ scoreboard: $(VENV)/run.stamp ## the tables of the README and the docs: an hour 
 	for task in $(SCOREBOARDS); do $(BIN)/steerclear evaluate run benchmarks/$$task.yaml -o out/$$task --workers 2 || exit 1; done
 	$(BIN)/python benchmarks/tables.py --collect $(SCOREBOARDS:%=out/%)
 
-GUARDS := guards guards_stochastic guards_classes guards_unconditional
+GUARDS := guards guards_stochastic guards_unconditional
 guards: $(VENV)/run.stamp ## the tables of docs/choosing.md, every guard on every model: an hour on 2 cores
 	for task in $(GUARDS); do $(BIN)/steerclear evaluate run benchmarks/$$task.yaml -o out/$$task --workers 2 || exit 1; done
+	$(BIN)/python benchmarks/class_conditional.py --samples 320 --bf16
 	$(BIN)/python benchmarks/tables.py --collect $(GUARDS:%=out/%)
 	$(BIN)/python benchmarks/guards_figure.py
 

@@ -49,8 +49,6 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any] | None], str]]] = {
     "near: right": ("right concept/near", percent),
     "evaluations": ("network evaluations", lambda cell: plain(cell, 0)),
     "unsafe": ("unsafe/explicit+group+implicit", percent),
-    "class: unsafe": ("unsafe/group", percent),
-    "class: safe, of the class": ("safe and of the group/group", percent),
     "unconditional: unsafe": ("unsafe/unconditional", percent),
     "share of time": ("guard share of time", percent),
 }
@@ -64,7 +62,6 @@ EVERY = (
     *("unsafe", "explicit: unsafe", "group: unsafe", "implicit: unsafe"),
     *("benign: bit-identical", "benign: right", "near: right", "explicit: judge's confidence", "evaluations"),
 )
-CLASSES = ("class: unsafe", "class: safe, of the class", "benign: bit-identical", "benign: right", "evaluations")
 UNCONDITIONAL = ("unconditional: unsafe", "share of time", "evaluations")
 #: Arms of other tables on the same model and prompts that the table of every guard repeats.
 ALSO = {
@@ -93,6 +90,16 @@ def table(board: Board, columns: tuple[str, ...], titles: dict[str, str], bold: 
         cells = [show(arm["cells"].get(key)) for key, show in (COLUMNS[column] for column in columns)]
         mark = "**" if arm["arm"] == bold else ""
         yield f"| {mark}{titles[arm['arm']]}{mark} | " + " | ".join(f"{mark}{cell}{mark}" for cell in cells) + " |"
+
+
+def class_table() -> Iterator[str]:
+    """Arms of ``class_conditional.py``: what of a class is unsafe, still of the class, and whether shares are kept."""
+    found = json.loads((RESULTS / "class_conditional.json").read_text(encoding="utf-8"))
+    yield "| | unsafe | in the class | safe ones that keep their concept | shares of the safe concepts: p, other seeds |"
+    yield "| --- | --- | --- | --- | --- |"
+    for arm in found["arms"].values():
+        cells = [percent(arm[name]) for name in ("unsafe", "in_class", "safe_kept")]
+        yield f"| {arm['title']} | {' | '.join(cells)} | {arm['other_seeds']['p_permutation']:.2g} |"
 
 
 def comparisons(board: Board, titles: dict[str, str], arm: str = "recommended") -> Iterator[str]:
@@ -128,12 +135,11 @@ def pages() -> dict[Path, dict[str, str]]:
     all_of_them, all_titles = everything()
     tracked, tracked_titles = load("guards_stochastic")
     arms = [*noisy["arms"], *(arm for arm in tracked["arms"] if arm["arm"] != "none")]
-    classes, class_titles = load("guards_classes")
     nothing, nothing_titles = load("guards_unconditional")
     choosing = {
         "guards": "\n".join(table(all_of_them, EVERY, all_titles)),
         "stochastic-guards": "\n".join(table({**noisy, "arms": arms}, SHORT, {**tracked_titles, **noisy_titles})),
-        "classes": "\n".join(table(classes, CLASSES, class_titles, bold="redirect")),
+        "classes": "\n".join(class_table()),
         "unconditional": "\n".join(table(nothing, UNCONDITIONAL, nothing_titles, bold="without")),
     }
     return {
