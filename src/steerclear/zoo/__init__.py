@@ -11,6 +11,7 @@ from steerclear.zoo.class_conditional import (
     classes,
     see_classes,
 )
+from steerclear.zoo.clip import load_clip, sfw
 from steerclear.zoo.models import ShippedModel, load, quiet, shipped, use_scheduler
 from steerclear.zoo.policies import (
     Policy,
@@ -34,12 +35,14 @@ __all__ = [
     "joined",
     "latent_weight",
     "load",
+    "load_clip",
     "policies",
     "policy",
     "quiet",
     "safe_denoiser",
     "see_classes",
     "seen_weight",
+    "sfw",
     "shipped",
     "use_scheduler",
 ]
