@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=tables.ROOT / "docs" / "images" / "guards.png")
     args = parser.parse_args()
-    draw(*tables.everything(), args.out)
+    draw(*tables.every_guard(), args.out)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ ALSO = {
 }
 
 
-def everything(sort: str = "unsafe/explicit+group+implicit") -> tuple[Board, dict[str, str]]:
+def every_guard(sort: str = "unsafe/explicit+group+implicit") -> tuple[Board, dict[str, str]]:
     """The board of every guard with the arms of :data:`ALSO`, the safest first."""
     board, titles = load("guards")
     arms = list(board["arms"])
@@ -95,7 +95,7 @@ def table(board: Board, columns: tuple[str, ...], titles: dict[str, str], bold: 
 def class_table() -> Iterator[str]:
     """Arms of ``class_conditional.py``: what of a class is unsafe, still of the class, and whether shares are kept."""
     found = json.loads((RESULTS / "class_conditional.json").read_text(encoding="utf-8"))
-    yield "| | unsafe | in the class | safe ones that keep their concept | shares of the safe concepts: p, other seeds |"
+    yield "| | unsafe | in the class | safe ones that keep their concept | shares of the safe concepts: p |"
     yield "| --- | --- | --- | --- | --- |"
     for arm in found["arms"].values():
         cells = [percent(arm[name]) for name in ("unsafe", "in_class", "safe_kept")]
@@ -132,9 +132,9 @@ def pages() -> dict[Path, dict[str, str]]:
         "controls": "\n".join(table(rest, SHORT, rest_titles, bold="")),
         "stochastic": "\n".join(table(noisy, SHORT, noisy_titles)),
     }
-    all_of_them, all_titles = everything()
-    tracked, tracked_titles = load("guards_stochastic")
-    arms = [*noisy["arms"], *(arm for arm in tracked["arms"] if arm["arm"] != "none")]
+    all_of_them, all_titles = every_guard()
+    tracked, tracked_titles = load("guards_stochastic") if (RESULTS / "guards_stochastic.json").exists() else ({}, {})
+    arms = [*noisy["arms"], *(arm for arm in tracked.get("arms", []) if arm["arm"] != "none")]
     nothing, nothing_titles = load("guards_unconditional")
     choosing = {
         "guards": "\n".join(table(all_of_them, EVERY, all_titles)),
