@@ -42,7 +42,7 @@ def draw(board: dict[str, Any], titles: dict[str, str], path: Path) -> None:
         axis.set(title=title, xlim=(-0.03, 1.03))
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
         axis.grid(axis="x", color="0.9")
-    below = -0.12 - 0.5 / (1.6 + 0.29 * len(arms))
+    below = -0.9 / (1.6 + 0.29 * len(arms))
     axes[1].legend(loc="lower center", bbox_to_anchor=(0.5, below), ncols=2, frameon=False)
     axes[2].barh(places, [arm["cells"]["network evaluations"]["value"] for arm in arms], color="0.75", height=0.6)
     axes[2].set(title="network evaluations a picture")
