@@ -133,8 +133,8 @@ def pages() -> dict[Path, dict[str, str]]:
         "stochastic": "\n".join(table(noisy, SHORT, noisy_titles)),
     }
     all_of_them, all_titles = every_guard()
-    tracked, tracked_titles = load("guards_stochastic") if (RESULTS / "guards_stochastic.json").exists() else ({}, {})
-    arms = [*noisy["arms"], *(arm for arm in tracked.get("arms", []) if arm["arm"] != "none")]
+    tracked, tracked_titles = load("guards_stochastic")
+    arms = [*noisy["arms"], *(arm for arm in tracked["arms"] if arm["arm"] != "none")]
     nothing, nothing_titles = load("guards_unconditional")
     choosing = {
         "guards": "\n".join(table(all_of_them, EVERY, all_titles)),
