@@ -39,7 +39,7 @@ def test_it_loads_with_plain_diffusers_and_is_small():
     stock = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     assert type(stock).__name__ == "StableDiffusionPipeline"
     size = sum(path.stat().st_size for path in Path(zoo.__file__).parent.rglob("*") if path.is_file())
-    assert size <= 60e6
+    assert size <= 100e6  # all shipped models together
     assert not [path for path in folder.rglob("*") if path.suffix in {".bin", ".pt", ".pkl"}]
 
 

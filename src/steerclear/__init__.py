@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task
     from steerclear.guards import (
+        SFW,
         SLD,
         SPELL,
         AleatoricGuidance,
@@ -73,6 +74,7 @@ _HOME = {
     "NoiseLevel": "noise",
     "Prompt": "evaluate",
     "SAFREE": "prompts",
+    "SFW": "guards",
     "SLD": "guards",
     "SPELL": "guards",
     "SafeDenoiser": "guards",
@@ -103,6 +105,7 @@ _HOME = {
 
 __all__ = [
     "SAFREE",
+    "SFW",
     "SLD",
     "SPELL",
     "AleatoricGuidance",

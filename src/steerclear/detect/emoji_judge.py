@@ -1,9 +1,9 @@
 """The judge of the shipped model: which concept does an emoji-sized picture show?
 
 A residual network (2.8 M parameters, 64x64 pixels) over the concepts that ``emoji-sd`` draws, and ``"something else"``
-for everything it does not draw, for blends and for noise. Trained on art and augmentations that no negation set, safe
-reference set or guard uses; sensitivity and specificity are measured in ``docs/judge.md``. It judges emoji art only: on
-photographs its answers mean nothing.
+for everything it does not draw, for blends and for noise. Trained on art that no negation set and no safe reference set
+holds, half of it by vendors that nothing else sees; sensitivity and specificity are in ``docs/model.md``. It judges
+emoji art only: on photographs its answers mean nothing.
 """
 
 import json
