@@ -202,8 +202,9 @@ def table(found: dict[str, Any]) -> str:
     for each in found["arms"].values():
         shares = [percent(each[name]) for name in ("unsafe", "left", "in_class", "safe_kept")]
         tests = [
-            f"χ² = {each[name]['chi2']:.1f}, p = {each[name]['p_permutation']:.3f}"
+            f"χ² = {each[name]['chi2']:.1f}, p {'< 0.001' if p < 1e-3 else f'= {p:.2f}'}"
             for name in ("same_seeds", "other_seeds")
+            for p in [each[name]["p_permutation"]]
         ]
         cells = [each["title"], *shares, *tests, f"{each['seconds_a_picture']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -211,7 +212,8 @@ def table(found: dict[str, Any]) -> str:
 
 
 def percent(estimate: dict[str, float]) -> str:
-    return rate(int(estimate["hits"]), int(estimate["n"])).percent(1)
+    hits, n = int(estimate["hits"]), int(estimate["n"])
+    return f"{hits}/{n}: {rate(hits, n).percent()}"
 
 
 def publish(content: str, page: Path) -> None:
