@@ -1,10 +1,13 @@
 """How to call a pipeline that one has never seen: its size, and the smallest call that reaches its decoder."""
 
 import inspect
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from steerclear.errors import UnsupportedPipeline
 
@@ -32,6 +35,27 @@ def autoencoder(pipe: Any) -> Any:  # noqa: ANN401
     """The module that decodes the sampler's result; ``None`` for pipelines that sample pixels."""
     found = (getattr(pipe, name, None) for name in ("vae", "movq", "vqvae", "vqgan"))
     return next((module for module in found if module is not None), None)
+
+
+@contextmanager
+def overheard(vae: Any, heard: list[Tensor]) -> Generator[None]:  # noqa: ANN401
+    """Adds what ``vae`` decodes while the block runs to ``heard``; does nothing without a ``decode`` to listen to."""
+    if not hasattr(vae, "decode"):
+        yield
+        return
+    before, decode = vars(vae).get("decode"), vae.decode
+
+    def listen(z: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the autoencoder's types
+        heard.append(z.detach())
+        return decode(z, *args, **kwargs)
+
+    vae.decode = listen
+    try:
+        yield
+    finally:
+        del vae.decode
+        if before is not None:
+            vae.decode = before
 
 
 def sizes(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:  # noqa: ANN401

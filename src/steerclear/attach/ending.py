@@ -6,15 +6,15 @@ to the sampler's space and compared: a mask blended in afterwards, a callback th
 early or decodes something else is an error, not a picture.
 """
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerclear.attach.calls import autoencoder
+from steerclear.attach.calls import autoencoder, overheard
 from steerclear.attach.layer import Layer
 from steerclear.denoise import DenoiseState
 from steerclear.errors import GuardNotApplied, UnsoundCombination
@@ -79,26 +79,9 @@ class Ending:
             found += [(layer.checked(guard), state) for guard in layer.attachment.guards if settles(guard)]
         return found
 
-    @contextmanager
-    def watching(self) -> Generator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Listen to what the pipeline decodes while the block runs, if any guard settles."""
-        vae = autoencoder(self.pipe) if self.wanted else None
-        if vae is None or not hasattr(vae, "decode"):
-            yield
-            return
-        before, decode = vars(vae).get("decode"), vae.decode
-
-        def listen(z: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the autoencoder's types
-            self.decoded.append(z.detach())
-            return decode(z, *args, **kwargs)
-
-        vae.decode = listen
-        try:
-            yield
-        finally:
-            del vae.decode
-            if before is not None:
-                vae.decode = before
+        return overheard(autoencoder(self.pipe) if self.wanted else None, self.decoded)
 
     def check(self) -> None:
         """Raise if the pipeline decoded something else than what was settled last.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerclear.attach.calls import autoencoder, network, quick_call
+from steerclear.attach.calls import autoencoder, network, overheard, quick_call
 from steerclear.attach.layout import Layout
 from steerclear.denoise import DenoiseState
 from steerclear.errors import SteerclearError, UnsupportedPipeline
@@ -83,7 +83,12 @@ def verify(pipe: Any, layout: Layout, size: tuple[int, int], call: dict[str, Any
     arguments = quick_call(pipe, size) | (call or {})
     vae = autoencoder(pipe)
     force, arrived = Force(), _Arrived()
-    with torch.random.fork_rng(devices=_devices(pipe)), _quiet(pipe), _clean_ending(pipe), _listening(vae, arrived):
+    with (
+        torch.random.fork_rng(devices=_devices(pipe)),
+        _quiet(pipe),
+        _clean_ending(pipe),
+        overheard(vae, arrived.latents),
+    ):
         result = _run(pipe, force, arguments)
     if vae is None:
         arrived.latents.append(_pixels(result))
@@ -158,28 +163,6 @@ def _quiet(pipe: Any) -> Generator[None]:  # noqa: ANN401
         yield
     finally:
         pipe._progress_bar_config = before if before is not None else {}
-
-
-@contextmanager
-def _listening(vae: Any, arrived: _Arrived) -> Generator[None]:  # noqa: ANN401
-    """Record the inputs of ``vae.decode``."""
-    if vae is None:
-        yield
-        return
-    before = vars(vae).get("decode")
-    decode = vae.decode
-
-    def listen(z: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        arrived.latents.append(z.detach())
-        return decode(z, *args, **kwargs)
-
-    vae.decode = listen
-    try:
-        yield
-    finally:
-        del vae.decode
-        if before is not None:
-            vae.decode = before
 
 
 def _pixels(result: Any) -> Tensor:  # noqa: ANN401

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steerclear.detect.base import rgb, wide_weights
 from steerclear.detect.emoji_judge import Block
-from steerclear.errors import InvalidInput
 
 SHIPPED = Path(__file__).parents[1] / "zoo" / "models" / "avatars-judge"
 SIZE, WIDTHS = 16, (32, 64, 128)
@@ -67,8 +66,7 @@ class AvatarsJudge:
     def network(self) -> AttributeNetwork:
         """The network, in float32."""
         network = AttributeNetwork(len(self.labels))
-        weights = load_file(self.folder / "judge.safetensors")
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+        network.load_state_dict(wide_weights(self.folder / "judge.safetensors"))
         return network.eval().requires_grad_(False)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -79,12 +77,7 @@ class AvatarsJudge:
         return self.network.features(self._prepared(images))
 
     def _prepared(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise InvalidInput(
-                f"AvatarsJudge: expected RGB pictures of shape (batch, 3, height, width) in [0, 1], got "
-                f"{tuple(images.shape)}; convert them with PIL's .convert('RGB') first"
-            )
-        pictures = images.float()
+        pictures = rgb(images, "AvatarsJudge")
         if pictures.shape[-2:] != (SIZE, SIZE):
             pictures = F.interpolate(pictures, (SIZE, SIZE), mode="area")
         return pictures.to(next(self.network.parameters()).device) * 2 - 1

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from steerclear.errors import InvalidInput, SteerclearError
@@ -102,6 +104,25 @@ def _checked(probabilities: Tensor, shape: tuple[int, int]) -> Tensor:
     if not bool(((values >= 0.0) & (values <= 1.0 + 1e-4)).all()):
         raise SteerclearError("detector: expected probabilities in [0, 1], got values outside or NaN; do not trust it")
     return values.clamp(max=1.0)
+
+
+def rgb(images: Tensor, detector: str) -> Tensor:
+    """``images`` in float32, or an error in the name of ``detector`` unless they are RGB pictures.
+
+    Raises:
+        InvalidInput: For another shape.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InvalidInput(
+            f"{detector}: expected RGB pictures of shape (batch, 3, height, width) in [0, 1], got "
+            f"{tuple(images.shape)}; convert them with PIL's .convert('RGB') first"
+        )
+    return images.float()
+
+
+def wide_weights(file: Path) -> dict[str, Tensor]:
+    """Weights as they ship, in half precision, made float32; integers stay."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in load_file(file).items()}
 
 
 def available() -> dict[str, EntryPoint]:

@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steerclear.detect.base import rgb, wide_weights
 from steerclear.errors import InvalidInput
 
 SOMETHING_ELSE = "something else"
@@ -89,17 +89,11 @@ class EmojiJudge:
     @cached_property
     def network(self) -> JudgeNetwork:
         network = JudgeNetwork(len(self.labels))
-        weights = load_file(self.folder / "judge.safetensors")
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+        network.load_state_dict(wide_weights(self.folder / "judge.safetensors"))
         return network.eval().requires_grad_(False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise InvalidInput(
-                f"EmojiJudge: expected RGB pictures of shape (batch, 3, height, width) in [0, 1], got "
-                f"{tuple(images.shape)}; convert them with PIL's .convert('RGB') first"
-            )
-        pictures = images.float()
+        pictures = rgb(images, "EmojiJudge")
         if pictures.shape[-2:] != (SIZE, SIZE):
             pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
         device = next(self.network.parameters()).device
