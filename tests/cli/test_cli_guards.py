@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from steerclear.app.cli.generate import _summary
+
 
 def entries(result):
     return json.loads(result.stdout)["pictures"]
@@ -45,3 +47,16 @@ def test_a_guard_by_name_with_a_setting(steerclear, shipped, tmp_path):
 def test_mistakes_are_said(steerclear, shipped, tmp_path, words, said):
     assert said in steerclear("generate", "a cat", *words, "--out", tmp_path, code=2).stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("guard", "said"),
+    [
+        ({"guarded": False}, "drawn WITHOUT a guard"),
+        ({"guarded": True}, "all drawn under the guard"),  # of the prompt or of the weights: no steps to act on
+        ({"guarded": True, "steps": 2, "fired": 0, "weight": None}, "the guard acted on 0"),
+        ({"guarded": True, "steps": 2, "fired": 1, "weight": 0.5}, "the guard acted on 2"),
+    ],
+)
+def test_the_last_line_says_what_guarded(guard, said):
+    assert _summary([{"guard": guard, "resumed": False}] * 2) == f"2 pictures; {said}"

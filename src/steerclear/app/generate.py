@@ -139,7 +139,8 @@ def draw(drawing: Drawing, batch: Sequence[Request]) -> list[tuple[Pixels, dict[
         raise GuardNotApplied(
             f"generate: expected the guard at every one of {size} pictures, got {len(seen)}; nothing was written"
         )
-    return [(pixels, _notes(rows, i)) for i, pixels in enumerate(_images(result, size))]
+    notes = [_notes(rows, i) if chosen.guards else {"guarded": True} for i in range(size)]
+    return list(zip(_images(result, size), notes, strict=True))
 
 
 def grid(entries: Sequence[dict[str, Any]], pictures: Sequence[Pixels], path: Path, side: int = 160) -> None:

@@ -216,7 +216,9 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 
 
 def _summary(entries: Sequence[dict[str, Any]]) -> str:
-    fired = sum(bool(entry["guard"].get("fired")) for entry in entries)
+    acted = [entry["guard"]["fired"] > 0 for entry in entries if "fired" in entry["guard"]]
     resumed = sum(entry["resumed"] for entry in entries)
-    guarded = f"the guard acted on {fired}" if entries[0]["guard"]["guarded"] else "drawn WITHOUT a guard"
+    guarded = "drawn WITHOUT a guard"
+    if entries[0]["guard"]["guarded"]:  # a guard of the prompt or of the weights has no steps to act on
+        guarded = f"the guard acted on {sum(acted)}" if acted else "all drawn under the guard"
     return f"{len(entries)} pictures; {guarded}" + (f"; {resumed} were there already" if resumed else "")
