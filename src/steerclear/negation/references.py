@@ -1,0 +1,46 @@
+"""What guards need of the pictures to steer away from, whichever form they are kept in."""
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from steerclear.negation.posterior import Posterior
+from steerclear.negation.space import Space
+from steerclear.noise import NoiseLevel
+
+if TYPE_CHECKING:
+    from steerclear.denoise import DenoiseState
+
+
+@runtime_checkable
+class References(Protocol):
+    r"""A distribution :math:`p(x_0)` over clean samples with a closed-form posterior behind Gaussian noise.
+
+    :class:`~steerclear.negation.NegationSet` keeps its items in memory or in a mapped file; other forms keep them in a
+    database that changes while a service runs, or keep statistics alone.
+    """
+
+    @property
+    def space(self) -> Space:
+        """Where the samples live."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One per item; of a form without items, one per component."""
+        ...
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """One per item; empty for a form that knows no items."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def posterior(self, x_t: Tensor, level: NoiseLevel) -> Posterior:
+        """Posterior mean ``(batch, *shape)`` and log-evidence ``(batch,)`` at ``x_t``."""
+        ...
+
+    def at(self, state: "DenoiseState") -> "References":
+        """What this trajectory has to go by from its first step to its last: a form that never changes is itself."""
+        ...
