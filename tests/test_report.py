@@ -14,7 +14,7 @@ from steerclear.app.prompts import KINDS, DemoPrompt, load_prompts, negative_pro
 from steerclear.app.score import Cost, Picture, score
 from steerclear.detect import Verdict
 from steerclear.errors import InvalidInput
-from steerclear.evaluate.store import write_atomic
+from steerclear.files import write_atomic
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://evil.example/x.png onerror=alert(1)>{{ 7*7 }}"
 POLICIES = ("weapons", "alcohol", "tobacco", "gambling", "rude-gestures")

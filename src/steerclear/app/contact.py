@@ -9,7 +9,7 @@ import torch
 
 from steerclear.app.pictures import Cell, Pixels, png, sheet, to_pixels
 from steerclear.errors import InvalidInput
-from steerclear.evaluate.store import write_atomic
+from steerclear.files import write_atomic
 from steerclear.negation import encoder_of, find_images
 from steerclear.negation.images import Skip, pictures
 

@@ -1,4 +1,4 @@
-"""JSON files, their numbers and their names. How files are written: :func:`steerclear.evaluate.store.write_atomic`."""
+"""JSON files, their numbers and their names. How files are written: :func:`steerclear.files.write_atomic`."""
 
 import hashlib
 import json
@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from steerclear.files import write_atomic
+
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  (any JSON value)
     """Writes ``value`` as indented JSON, atomically; see :func:`plain` for NaN."""
-    from steerclear.evaluate.store import write_atomic  # here: most callers of this file stay light
-
     write_atomic(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 

@@ -22,7 +22,7 @@ from steerclear.attach import attach
 from steerclear.errors import GuardNotApplied, InvalidInput
 from steerclear.evaluate.prompts import Prompt
 from steerclear.evaluate.request import request as asked_for
-from steerclear.evaluate.store import write_atomic
+from steerclear.files import write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

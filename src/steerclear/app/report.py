@@ -20,7 +20,7 @@ from steerclear.app.files import slug, write_json
 from steerclear.app.pictures import Cell, png, sheet
 from steerclear.app.prompts import KINDS, DemoPrompt
 from steerclear.app.score import Picture, Score
-from steerclear.evaluate.store import write_atomic
+from steerclear.files import write_atomic
 
 KIND_TITLES = {
     "explicit": "Prompts that name forbidden things",

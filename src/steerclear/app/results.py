@@ -15,7 +15,8 @@ from steerclear.evaluate.metrics.quality import features
 from steerclear.evaluate.reading import Records, select
 from steerclear.evaluate.scoreboard import BENIGN_KINDS, Scoreboard, scoreboard
 from steerclear.evaluate.statistics import JudgeErrors
-from steerclear.evaluate.store import RunFolder, write_atomic
+from steerclear.evaluate.store import RunFolder
+from steerclear.files import write_atomic
 
 QUALITY = ("FID", "KID", "precision", "recall", "density", "coverage", "Vendi")
 

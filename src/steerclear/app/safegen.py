@@ -13,7 +13,7 @@ from steerclear import zoo
 from steerclear.app.files import write_json
 from steerclear.app.pictures import Cell, png, sheet, to_pixels
 from steerclear.errors import InvalidInput
-from steerclear.evaluate.store import write_atomic
+from steerclear.files import write_atomic
 from steerclear.finetune import SafeGen, Trained, Triplets, boxes, save, train
 from steerclear.negation import NegationSet, encoder_of
 

@@ -21,8 +21,9 @@ from steerclear.evaluate import describe
 from steerclear.evaluate.draw import Drawn, Pictures, draw
 from steerclear.evaluate.prompts import Prompt
 from steerclear.evaluate.record import Batch, digest, rows, spec_text, table, withheld
-from steerclear.evaluate.store import RunFolder, part_description, write_atomic
+from steerclear.evaluate.store import RunFolder, part_description
 from steerclear.evaluate.task import Arm, Judge, Task, Unit
+from steerclear.files import write_atomic
 from steerclear.guards.base import Guard
 
 FORMAT = 1

@@ -7,7 +7,6 @@ the disk and renamed, after its pictures: a kill at any moment loses at most the
 
 import json
 import os
-import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from steerclear.errors import InvalidInput, SteerclearError
+from steerclear.files import write_atomic
 
 Table = Any  # pyarrow.Table, which has no types
 MARK = b"steerclear"  # key of a part's description in its Parquet metadata
@@ -147,21 +147,3 @@ def part_description(task: dict[str, Any], unit: int, arm: str) -> dict[str, Any
     reference = content[task["arms"][0]["key"]]
     made = {"arm": content[arm], "reference": reference, "unit": task["units"][unit], "versions": task["versions"]}
     return {**task["common"], **made}
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path``, making its folder. A kill at any moment leaves the old file or the new.
-
-    Raises:
-        OSError: If the folder or the file cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with draft.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steerclear.errors import InvalidInput
+from steerclear.files.tensors import write as write_tensors
 from steerclear.finetune.safegen import SafeGen
 from steerclear.finetune.triplets import Triplets
 
@@ -34,11 +34,8 @@ def write(path: Path, identity: dict[str, Any], tensors: dict[str, Tensor], loss
     Raises:
         OSError: If it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"kind": KIND, "identity": json.dumps(identity, sort_keys=True), "losses": json.dumps(losses)}
-    half = path.with_name(path.name + ".part")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, half, metadata=about)
-    half.replace(path)
+    write_tensors(path, tensors, about)
 
 
 def read(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Losses]:

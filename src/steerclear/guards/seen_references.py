@@ -2,24 +2,24 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from steerclear.errors import InvalidInput, NegationFileError, UnsoundCombination
+from steerclear.errors import InvalidInput, UnsoundCombination
+from steerclear.files.scan import Malformed
+from steerclear.files.tensors import parts
 from steerclear.negation import Space
-from steerclear.negation.files import replace
+from steerclear.negation.files import opened, replace, space_of, space_text, strings_of
 from steerclear.noise import NoiseLevel
 
 FORMAT = "steerclear.seen.1"
 LARGEST = 1 << 30  # bytes
 MOST = 10_000  # references: their distances are compared pair by pair
+_TENSORS = ("log_snr", "mean", "basis", "points")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,10 +140,10 @@ class SeenReferences:
         """Write to ``path`` (safetensors, float16); the file is replaced as a whole."""
         tensors = {"mean": self.mean, "basis": self.basis, "points": self.points}
         content = {name: value.half().contiguous() for name, value in tensors.items()}
-        space = {"encoder": self.space.encoder, "shape": self.space.shape, "name": self.space.name}
-        names = {"labels": self.labels, "captions": self.captions, "unsafe": sorted(self.unsafe), "space": space}
-        metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in names.items()}}
-        replace(Path(path), save({**content, "log_snr": self.log_snr.float()}, metadata=metadata))
+        names = {"labels": self.labels, "captions": self.captions, "unsafe": sorted(self.unsafe)}
+        words = {key: json.dumps(value) for key, value in names.items()}
+        metadata = {"format": FORMAT, "space": space_text(self.space), **words}
+        replace(Path(path), parts({**content, "log_snr": self.log_snr.float()}, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "SeenReferences":
@@ -152,21 +152,21 @@ class SeenReferences:
         Raises:
             NegationFileError: If the file is missing, damaged, or something else.
         """
-        try:
-            if Path(path).stat().st_size > LARGEST:
-                raise NegationFileError(f"{path}: expected at most {LARGEST >> 20} MiB, got more; see fewer references")
-            with safe_open(path, "pt") as file:
-                metadata: Mapping[str, str] = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise NegationFileError(f"{path}: expected a file of {FORMAT!r}, got {metadata.get('format')!r}")
-                tensors = {name: file.get_tensor(name).float() for name in ("log_snr", "mean", "basis", "points")}
-                names = {key: json.loads(metadata[key]) for key in ("labels", "captions", "unsafe", "space")}
-            labels, captions, unsafe = (_words(names[key]) for key in ("labels", "captions", "unsafe"))
-            stored = names["space"]
-            space = Space(encoder=stored["encoder"], shape=tuple(stored["shape"]), name=stored["name"])
-            return cls(**tensors, labels=labels, captions=captions, unsafe=frozenset(unsafe), space=space)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, InvalidInput) as error:
-            raise NegationFileError(f"{path}: expected references seen through a model, got {error}") from error
+        with opened(Path(path), "references seen through a model, written by SeenReferences.save") as file:
+            if (found := file.metadata.get("format")) != FORMAT:
+                raise Malformed(f"a file of {found!r}", f"a file of {FORMAT!r}")
+            if file.size > LARGEST:
+                raise Malformed("more; see fewer references", f"at most {LARGEST >> 20} MiB")
+            if set(file.entries) != set(_TENSORS):
+                raise Malformed(f"tensors {sorted(file.entries)[:5]}")
+            shape = file.entries["points"].shape
+            labels, captions, unsafe = (
+                strings_of(file.metadata, key, min(MOST, shape[1] if len(shape) == 3 else 0))
+                for key in ("labels", "captions", "unsafe")
+            )
+            tensors = {name: file.read(name).float() for name in _TENSORS}
+            where = space_of(file.metadata)
+            return cls(**tensors, labels=labels, captions=captions, unsafe=frozenset(unsafe), space=where)
 
 
 def log_snr_of(level: NoiseLevel) -> float:
@@ -180,12 +180,6 @@ def log_snr_of(level: NoiseLevel) -> float:
             "Seen compares a batch at one noise level, got one per sample; use TwoSample(bandwidth=...)"
         )
     return math.log(max(float(level.alpha), 1e-12)) - math.log(max(float(level.sigma), 1e-12))
-
-
-def _words(value: Any) -> tuple[str, ...]:  # noqa: ANN401  (JSON)
-    if not isinstance(value, list) or not all(isinstance(word, str) for word in cast("list[Any]", value)):
-        raise InvalidInput("expected a list of texts")
-    return tuple(cast("list[str]", value))
 
 
 def _spacing(points: Tensor, labels: Sequence[str]) -> tuple[float, ...]:

@@ -20,6 +20,9 @@ from steerclear.negation.space import Space
 from steerclear.noise import NoiseLevel
 
 
+_BLOCK = 1 << 22  # elements that are checked at a time
+
+
 def _unset() -> Tensor:
     return torch.empty(0)
 
@@ -127,30 +130,41 @@ class NegationSet:
         return cls(**build.generate(pipe, prompts, n, seed=seed, progress=progress, call=call))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "NegationSet":
+    def load(cls, path: str | os.PathLike[str], *, mapped: bool = False) -> "NegationSet":
         """Read a file written by :meth:`save`; never executes anything, never trusts a declared size.
+
+        Args:
+            path: The file. Its checksum is verified in one pass.
+            mapped: Leave the latents in the file's own pages and dtype, read as they are used and shared by all
+                processes that map it, instead of copying them to float32. A :meth:`save` over the file replaces it and
+                leaves the mapped pages as they are (Windows refuses it). Whoever may write to the file can also change
+                it in place: the latents change with it, unseen by the checksum, and a file made shorter ends the
+                process. Map only files that nobody but you may write.
 
         Raises:
             NegationFileError: If it is missing, damaged, hostile, or of another format or version.
         """
-        stored = files.read(Path(path))
+        stored = files.read(Path(path), mapped=mapped)
         try:
             return cls(**stored._asdict())
         except InvalidInput as error:
             raise NegationFileError(f"{path}: expected a valid negation set, got: {error}") from error
 
     def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16) -> None:
-        """Write one safetensors file, atomically. It lets everyone who has the encoder see the pictures again.
+        """Write one safetensors file, atomically; equal sets give equal bytes, on any machine.
+
+        It lets everyone who has the encoder see the pictures again; see docs/privacy.md.
 
         Args:
             path: Target; an older file is replaced whole or not at all. The folder must exist.
-            dtype: ``torch.float16`` (relative error 5e-4, half the size) or ``torch.float32``; weights stay float32.
+            dtype: ``torch.float16`` (relative error 5e-4, half the size), ``torch.bfloat16`` (4e-3, as wide a range as
+                float32) or ``torch.float32``; weights stay float32.
 
         Raises:
             NegationFileError: If the target cannot be written, or a latent exceeds float16's range.
         """
-        if dtype not in (torch.float16, torch.float32):
-            raise InvalidInput(f"save: expected dtype torch.float16 or torch.float32, got {dtype}")
+        if dtype not in files.DTYPES:
+            raise InvalidInput(f"save: expected dtype {', '.join(map(str, files.DTYPES))}, got {dtype}")
         stored = files.Stored(self.latents, self.weights, self.ids, self.labels, self.digests, self.space)
         files.write(Path(path), stored, dtype)
 
@@ -272,11 +286,16 @@ def _check_latents(latents: Tensor, space: Space) -> None:
         )
     if latents.shape[0] == 0:
         raise InvalidInput("NegationSet: expected at least one item, got none; add pictures, or use no guard at all")
-    if not bool(latents.isfinite().all()):
-        bad = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    rows = max(1, _BLOCK // latents[0].numel())  # at a time: a mapped set may be larger than memory
+    if bad := [i for k, some in enumerate(latents.split(rows)) for i in _not_finite(some, k * rows)]:
         raise InvalidInput(
             f"NegationSet: expected finite latents, got NaN or inf in items {bad[:5]}; encode them again"
         )
+
+
+def _not_finite(latents: Tensor, first: int) -> list[int]:
+    fine = latents.flatten(1).isfinite().all(1)
+    return [] if bool(fine.all()) else [first + i for i in (~fine).nonzero().flatten().tolist()]
 
 
 def _check_items(items: NegationSet) -> None:

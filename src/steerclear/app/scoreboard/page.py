@@ -14,7 +14,7 @@ from steerclear.app.scoreboard.figures import Bar, Look, Plane, Point
 from steerclear.app.scoreboard.view import View
 from steerclear.evaluate.reading import Records
 from steerclear.evaluate.scoreboard import Column, Scoreboard
-from steerclear.evaluate.store import write_atomic
+from steerclear.files import write_atomic
 
 FIGURES = "figures"  # folder for the figures' files
 NAMED = 7  # arms whose names all fit beside their points; of more, only the three that matter are named there

@@ -1,0 +1,9 @@
+"""Files of every kind: written whole or not at all, and tensors in files that are not trusted.
+
+:mod:`~steerclear.files.atomic` writes; :mod:`~steerclear.files.tensors` is the one way in which this package writes
+safetensors files and reads those of others, with :mod:`~steerclear.files.scan` for their text.
+"""
+
+from steerclear.files.atomic import write_atomic
+
+__all__ = ["write_atomic"]
