@@ -26,7 +26,7 @@ LEVELS = {
 }
 
 
-def brute_force(x, y, w, alpha, sigma, temperature=1.0):
+def brute_force(x, y, w, alpha, sigma):
     """Equations of A.2 and the Gaussian density, sample by sample; alpha and sigma may differ per sample."""
     x, y, w = (np.asarray(v, dtype=np.float64) for v in (x, y, w))
     alphas, sigmas = (np.broadcast_to(np.asarray(v, dtype=np.float64), len(x)) for v in (alpha, sigma))
@@ -38,7 +38,6 @@ def brute_force(x, y, w, alpha, sigma, temperature=1.0):
                 for yn, wn in zip(y, w, strict=True)
             ]
         )
-        logits = logits / temperature
         top = logits.max()
         total = np.exp(logits - top).sum()
         means.append(np.tensordot(np.exp(logits - top) / total, y, axes=1))
@@ -62,12 +61,11 @@ def problem(rng, n=6, shape=(2, 3), batch=4, dtype=torch.float64, level=(0.8, 0.
 
 
 @pytest.mark.parametrize("kind", LEVELS)
-@pytest.mark.parametrize("temperature", [1.0, 7.0])
-def test_float64_equals_the_equations(kind, temperature, rng):
+def test_float64_equals_the_equations(kind, rng):
     level = LEVELS[kind]
     x, y, w = problem(rng, level=level)
-    mean, evidence = make(y, w).posterior(x, NoiseLevel(*level), temperature=temperature)
-    expected_mean, expected_evidence = brute_force(x, y, w, *level, temperature)
+    mean, evidence = make(y, w).posterior(x, NoiseLevel(*level))
+    expected_mean, expected_evidence = brute_force(x, y, w, *level)
     # Summation order only: about 100 roundings of 1e-16, times logits of at most 1e4.
     np.testing.assert_allclose(mean, expected_mean, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(evidence, expected_evidence, rtol=1e-12)
@@ -181,24 +179,15 @@ def test_translation_moves_the_mean_and_keeps_the_evidence(seed, level):
     torch.testing.assert_close(a.log_evidence, b.log_evidence, rtol=1e-7, atol=1e-7)
 
 
-@given(seed=seeds, level=levels, temperature=st.floats(0.1, 100))
-def test_the_mean_lies_in_the_convex_hull(seed, level, temperature):
+@given(seed=seeds, level=levels)
+def test_the_mean_lies_in_the_convex_hull(seed, level):
     rng = torch.Generator().manual_seed(seed)
     x, y, w = problem(rng, level=level)
-    mean = make(y, w).posterior(x, NoiseLevel(*level), temperature=temperature).mean
+    mean = make(y, w).posterior(x, NoiseLevel(*level)).mean
     directions = torch.randn(20, 6, generator=rng, dtype=torch.float64)
     reach, got = directions @ y.flatten(1).T, directions @ mean.flatten(1).T
     assert bool((got <= reach.amax(1, keepdim=True) + 1e-9).all())
     assert bool((got >= reach.amin(1, keepdim=True) - 1e-9).all())
-
-
-@given(seed=seeds, level=levels, temperature=st.floats(0.5, 50))
-def test_for_equal_weights_temperature_is_the_variance_of_the_kernel(seed, level, temperature):
-    x, y, _ = problem(torch.Generator().manual_seed(seed), level=level)
-    alpha, sigma = level
-    mean = make(y).posterior(x, NoiseLevel(alpha, sigma), temperature=temperature).mean
-    wider = make(y).posterior(x, NoiseLevel(alpha, sigma * math.sqrt(temperature))).mean
-    torch.testing.assert_close(mean, wider, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1e-30, 1e-12, 1e-6, 1e-3])
@@ -253,13 +242,6 @@ def test_distances_do_not_cancel_far_from_the_origin():
     y = torch.full((2, 4096), 1000.0) + torch.tensor([[0.0], [1 / 128]])
     got = squared_distances(y[:1], y, torch.ones(1, 1), block=1000)
     assert got.tolist() == [[0.0, 4096 / 128**2]]
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
-def test_a_temperature_that_is_not_positive_is_refused(temperature, rng):
-    x, y, w = problem(rng)
-    with pytest.raises(InvalidInput, match="temperature > 0, got"):
-        make(y, w).posterior(x, NoiseLevel(0.8, 0.6), temperature=temperature)
 
 
 def test_a_level_per_pixel_is_refused(rng):

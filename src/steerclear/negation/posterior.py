@@ -1,4 +1,4 @@
-r"""The exact posterior of a weighted Dirac mixture behind Gaussian noise.
+r"""The exact posterior of a weighted Dirac mixture behind Gaussian noise, in one pass over the points.
 
 A finite set of points *is* a distribution, :math:`p(x_0) = \sum_n \bar w_n \delta(x_0 - y_n)`, and behind
 :math:`q(x_t \mid x_0) = N(\alpha x_0, \sigma^2 I)` it has the closed form
@@ -6,11 +6,18 @@ A finite set of points *is* a distribution, :math:`p(x_0) = \sum_n \bar w_n \del
 .. math:: \log q(x_t) = \log\sum_n \exp(\ell_n) - \tfrac D2 \log(2\pi\sigma^2), \qquad
     \ell_n = \log\bar w_n - \frac{\lVert x_t - \alpha y_n\rVert^2}{2\sigma^2}, \qquad
     E[x_0 \mid x_t] = \sum_n \operatorname{softmax}(\ell)_n\, y_n
+
+Both sums are taken block by block with a running maximum :math:`m` (online log-sum-exp): when a block raises it to
+:math:`m'`, what was summed so far is multiplied by :math:`e^{m - m'}`. So points are read once for the whole batch, in
+the precision in which they are stored, wherever they are: in memory, in a mapped file, on an accelerator.
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +29,9 @@ from steerclear.noise import NoiseLevel
 SIGMA_FLOOR = 1e-12
 # From this sigma on, ‖x‖² - 2α⟨x,y⟩ + α²‖y‖² in float64 loses less than 1e-5 nats for norms up to 1e4.
 EXPAND_FROM = 1e-2
-EXPAND_BLOCK = 1 << 17
-# Elements of one block of differences: fits the cache of a CPU; on an accelerator, launches would dominate.
+# Elements of one block: fits the cache of a CPU; on an accelerator, launches would dominate.
 CPU_BLOCK, ACCELERATOR_BLOCK = 1 << 19, 1 << 24
+EXPAND_BLOCK = 1 << 17
 
 
 class Posterior(NamedTuple):
@@ -41,61 +48,57 @@ class Posterior(NamedTuple):
 
 
 def posterior(
-    x_t: Tensor,
-    points: Tensor,
-    weights: Tensor,
-    level: NoiseLevel,
-    *,
-    temperature: float = 1.0,
-    block: int | None = None,
+    x_t: Tensor, points: Tensor, weights: Tensor, level: NoiseLevel, *, block: int | None = None
 ) -> Posterior:
     r"""Exact posterior mean and log-evidence (equations in the module's docstring).
 
-    With a temperature :math:`T`, :math:`\ell_n / T` takes the place of :math:`\ell_n` in both; for equal weights this
-    is a kernel of variance :math:`T\sigma^2`, and the constant stays that of :math:`\sigma`.
-
     Args:
-        x_t: Noisy samples, ``(batch, *shape)``, any floating dtype. A row that is not finite gets a row of NaN.
-        points: Clean points :math:`y_n`, ``(n, *shape)``.
-        weights: Positive, any scale, ``(n,)``.
-        level: Alpha and sigma: numbers, or tensors with one element, or with one per sample.
-        temperature: :math:`T > 0`.
-        block: Elements per temporary; the result does not depend on it, beyond rounding.
+        x_t: Noisy samples, ``(batch, *shape)``, any floating dtype. A row that is not finite gets a mean of NaN.
+        points: Clean points :math:`y_n`, ``(n, *shape)``, in float16, bfloat16, float32 or float64.
+        weights: Any scale, ``(n,)``, >= 0, at least one above 0; the row of a weight of 0 does not count.
+        level: Alpha and sigma: numbers, or tensors with one element, or with one per sample. Samples with levels of
+            their own let one pass answer several questions.
+        block: Elements per temporary of the tensor operations; the result does not depend on it, beyond rounding.
 
     Raises:
-        InvalidInput: For a temperature that is not positive, or a level per pixel or token.
+        InvalidInput: For a level per pixel or token.
 
     Cost:
-        ``3·batch·n·D`` operations; ``O(batch·n + block)`` memory. No host synchronisation.
+        One pass over the points; ``3·batch·n·D`` operations, ``O(batch·D + block)`` memory. No host synchronisation.
+        On a CPU with ``steerclear[fast]`` compiled kernels do it (:mod:`steerclear.negation.fused`), else tensor
+        operations; ``benchmarks/posterior.py`` has both.
     """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise InvalidInput(f"posterior: expected a finite temperature > 0, got {temperature}")
     wide = _accumulator(x_t.device)
     work = torch.float64 if x_t.dtype == torch.float64 else torch.float32
-    block = block or (CPU_BLOCK if x_t.device.type == "cpu" else ACCELERATOR_BLOCK)
-    x, y = x_t.flatten(1).to(work), points.flatten(1)
+    x, y = x_t.flatten(1), points.flatten(1)
     alpha, sigma = (_column(v, x, wide) for v in (level.alpha, level.sigma))
     sigma = sigma.clamp(min=SIGMA_FLOOR)
     # Dividing by max(sigma, 1) first keeps the squares finite in float32 for every sigma that float32 can hold.
     unit = sigma.clamp(min=1.0)
-    known = isinstance(level.sigma, float | int) and level.sigma >= EXPAND_FROM
-    if known and x.device.type == "cpu" and work is torch.float32:
-        distance = expanded_distances(x.to(wide) / unit, y, alpha / unit)
-    else:
-        distance = squared_distances((x.to(wide) / unit).to(x.dtype), y, (alpha / unit).to(x.dtype), block=block)
+    x, alpha, precision = x.to(wide) / unit, alpha / unit, (unit / sigma).square() / 2
     w = weights.to(x.device, wide)
-    logits = ((w / w.sum()).log() - distance * (unit / sigma).square() / 2) / temperature
+    log_weights = (w / w.sum()).log()
+    known = isinstance(level.sigma, float | int) and level.sigma >= EXPAND_FROM
+    expand = known and x.device.type == "cpu" and work is torch.float32
+    sums = _operator if torch.compiler.is_compiling() else _sums
+    mean, total = sums(x if expand else x.to(work), y, alpha, precision, log_weights, expand, block)
     constant = x.shape[1] * (math.log(2 * math.pi) / 2 + sigma.log().squeeze(1))
-    mean = _average(logits.softmax(1).to(x.dtype), y, block=block)
-    return Posterior(mean.reshape(x_t.shape), logits.logsumexp(1) - constant)
+    return Posterior(mean.to(work).reshape(x_t.shape), total - constant)
 
 
-def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int) -> Tensor:
-    r""":math:`\lVert x_b - \alpha_b y_n\rVert^2`, ``(batch, n)``, with ``x (batch, D)``, ``y (n, D)``, ``alpha``.
+def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int | None = None) -> Tensor:
+    r""":math:`\lVert x_b - \alpha_b y_n\rVert^2`, ``(batch, n)``.
+
+    With ``x (batch, D)``, ``y (n, D)`` in any floating dtype, and ``alpha (batch, 1)``.
 
     Differences are taken before squaring and summed in float64: expanding the square would cancel, and at 16 384
     dimensions a float32 sum is wrong by whole nats once it is divided by a small variance.
+
+    Cost: one pass over ``y``; ``O(batch·n)`` memory.
     """
+    if (fused := _compiled(x, y)) is not None:
+        return fused.squared_distances(x, y, alpha.squeeze(1))
+    block = block or _block_of(x)
     (batch, dim), n, wide = x.shape, y.shape[0], _accumulator(x.device)
     columns = min(dim, block)
     rows = max(1, min(n, block // columns))
@@ -106,27 +109,60 @@ def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int) -> Ten
         for few in _slices(n, rows):
             total = x.new_zeros((), dtype=wide)
             for part in _slices(dim, columns):
-                total = total + _block(x[some, part], y[few, part].to(x), alpha[some], wide)
+                total = total + _block(x[some, part], y[few, part].to(x), alpha[some].to(x), wide)
             row.append(total)
         parts.append(torch.cat(row, 1))
     return torch.cat(parts)
 
 
-def expanded_distances(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
-    """The same by matrix products in float64: for CPUs, which are fast at it, and scales at which nothing cancels.
-
-    Args:
-        x: ``(batch, D)`` in float64.
-        y: ``(n, D)``, any dtype; converted a cache-sized block at a time.
-        alpha: ``(batch, 1)`` in float64.
-    """
+def _sums(
+    x: Tensor, y: Tensor, alpha: Tensor, precision: Tensor, log_weights: Tensor, expand: bool, block: int | None
+) -> tuple[Tensor, Tensor]:
+    r"""Mean ``(batch, D)`` and log-sum-exp ``(batch,)`` of :math:`\log w_n - \text{precision}_b \lVert x_b - \alpha_b
+    y_n\rVert^2`, by the compiled kernels where they serve, else by tensor operations."""
+    narrow = x.float() if expand else x
+    if (fused := _compiled(narrow, y)) is not None:
+        return fused.scan(narrow, y, alpha.squeeze(1), precision.squeeze(1), log_weights)
+    block = block or (EXPAND_BLOCK if expand else _block_of(x))
+    top = torch.full_like(alpha, -math.inf)
+    total, mean = torch.zeros_like(top), torch.zeros_like(x, dtype=top.dtype)
     own = x.square().sum(1, keepdim=True)
-    parts: list[Tensor] = []
-    for few in _slices(y.shape[0], max(1, EXPAND_BLOCK // y.shape[1])):
-        block = y[few].to(x.dtype)
-        cross = alpha * (x @ block.T)
-        parts.append(own - 2 * cross + alpha.square() * block.square().sum(1))
-    return torch.cat(parts, 1).clamp(min=0.0)
+    for few in _slices(y.shape[0], max(1, block // y.shape[1])):
+        points = y[few].to(x.dtype)
+        if expand:
+            squared = own - 2 * alpha * (x @ points.T) + alpha.square() * points.square().sum(1)
+        else:
+            squared = squared_distances(x, points, alpha, block=block)
+        logits = log_weights[few] - precision * squared.clamp(min=0.0)
+        higher = torch.maximum(top, logits.amax(1, keepdim=True))
+        finite = torch.where(higher == -math.inf, torch.zeros_like(higher), higher)
+        shrink, weights = (top - finite).exp(), (logits - finite).exp()
+        total = total * shrink + weights.sum(1, keepdim=True)
+        mean = mean * shrink + weights.to(points.dtype) @ points
+        top = higher
+    return mean / total, (top + total.log()).squeeze(1)
+
+
+# One opaque operation for torch.compile, which would otherwise unroll the loop over blocks.
+_operator = torch.library.custom_op("steerclear::posterior", _sums, mutates_args=())
+
+
+@_operator.register_fake
+def _(
+    x: Tensor, y: Tensor, alpha: Tensor, precision: Tensor, log_weights: Tensor, expand: bool, block: int | None
+) -> Any:  # noqa: ANN401
+    return torch.empty_like(x, dtype=alpha.dtype), x.new_empty(x.shape[0], dtype=alpha.dtype)
+
+
+def _compiled(x: Tensor, y: Tensor) -> Any:  # noqa: ANN401 - a module that is there only with Numba
+    """The compiled kernels, if they are installed and serve these."""
+    fused = _fused()
+    return fused if fused is not None and fused.fits(x, y) else None
+
+
+@cache
+def _fused() -> Any:  # noqa: ANN401
+    return import_module("steerclear.negation.fused") if find_spec("numba") else None
 
 
 def _block(x: Tensor, y: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,17 +173,12 @@ def _block(x: Tensor, y: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(planes).sum(0) if len(planes) > 2 else sum(planes[1:], planes[0])
 
 
-def _average(weights: Tensor, y: Tensor, *, block: int) -> Tensor:
-    """``weights (batch, n) @ y (n, D)``, a block of rows of ``y`` at a time."""
-    rows = max(1, block // y.shape[1])
-    total = weights.new_zeros(weights.shape[0], y.shape[1])
-    for few in _slices(y.shape[0], rows):
-        total = total + weights[:, few] @ y[few].to(weights)
-    return total
-
-
 def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _block_of(x: Tensor) -> int:
+    return CPU_BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
 
 
 def _accumulator(device: torch.device) -> torch.dtype:

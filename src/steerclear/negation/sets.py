@@ -36,8 +36,8 @@ class NegationSet:
     encoder, to everyone who has the file and the model.
 
     Args:
-        latents: :math:`y_n`, ``(n, *space.shape)``, in the sampler's (scaled) units; float64 stays, the rest become
-            float32.
+        latents: :math:`y_n`, ``(n, *space.shape)``, in the sampler's (scaled) units, in any floating dtype: it is kept,
+            and sums are wide whatever it is.
         space: Where they live.
         weights: ``(n,)``, positive, any scale; ones if left out. Doubling a weight equals adding the item twice.
         ids: Unique names, to select and remove by; ``item-0`` … if left out.
@@ -59,12 +59,10 @@ class NegationSet:
 
     def __post_init__(self) -> None:
         _check_latents(self.latents, self.space)
-        latents = self.latents if self.latents.dtype == torch.float64 else self.latents.float()
-        n = latents.shape[0]
+        latents, n = self.latents, self.latents.shape[0]
         weights = self.weights if self.weights.numel() else torch.ones(n)
         weights = weights.to(latents.device, torch.float64 if weights.dtype == torch.float64 else torch.float32)
         values = {
-            "latents": latents,
             "weights": weights,
             "ids": tuple(self.ids) or tuple(f"item-{i}" for i in range(n)),
             "labels": tuple(self.labels) or ("",) * n,
@@ -170,7 +168,7 @@ class NegationSet:
 
     # -- using ----------------------------------------------------------------------------------------------------
 
-    def posterior(self, x_t: Tensor, level: NoiseLevel, *, temperature: float = 1.0) -> Posterior:
+    def posterior(self, x_t: Tensor, level: NoiseLevel) -> Posterior:
         """Exact posterior mean ``(batch, *shape)`` and log-evidence ``(batch,)`` at ``x_t``: see :func:`posterior`.
 
         Raises:
@@ -181,7 +179,7 @@ class NegationSet:
                 f"expected samples of shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x_t.shape)}; "
                 "encode the pictures again for this pipeline at this size: NegationSet.encode(images, pipe)"
             )
-        return posterior(x_t, self.latents, self.weights, level, temperature=temperature)
+        return posterior(x_t, self.latents, self.weights, level)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -315,5 +313,7 @@ def _check_items(items: NegationSet) -> None:
 
 
 def _digest(latent: Tensor) -> str:
-    data = latent.detach().cpu().contiguous().numpy().tobytes()
+    """Of the values, so that the same ones digest alike in half and in single precision."""
+    wide = latent.detach().cpu() if latent.dtype == torch.float64 else latent.detach().cpu().float()
+    data = wide.contiguous().numpy().tobytes()
     return "sha256:" + hashlib.sha256(data).hexdigest()

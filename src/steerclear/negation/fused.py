@@ -1,0 +1,111 @@
+r"""The exact posterior in one pass over memory, for CPUs: ``pip install 'steerclear[fast]'``.
+
+A CPU waits for memory here, not for arithmetic, so what counts is how often the set is read. Tensor operations read it
+twice (distances, then the mean) and write temporaries in between. These kernels, compiled by Numba, take a handful of
+rows into the cache, widen them in registers, and have done with them before the next ones come:
+
+* distances by differences, in float32 over :data:`CHUNK` dimensions at a time, chunks summed in float64;
+* the running maximum, normaliser and mean of an online softmax, rescaled when the maximum rises;
+* the mean of rows whose weight is below ``exp(-45)`` of the largest so far is not touched: at most noise levels
+  that is nearly all of them, and what they add is below rounding;
+* float32 partial means, folded into float64 every 2 048 rows.
+
+Threads share nothing: each has a range of rows, and their results are merged by log-sum-exp.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerclear.negation import kernels
+
+CHUNK = 512
+#: Fewer products than that are not worth a thread of their own.
+SHARE = 1 << 21
+#: Smaller sets are left to tensor operations: compiling would take longer than they ever will.
+LEAST = 1 << 20
+
+
+def fits(x: Tensor, points: Tensor) -> bool:
+    """Whether these kernels serve flat ``x (batch, D)`` and ``points (n, D)``; tensor operations serve the rest."""
+    return (
+        x.device.type == points.device.type == "cpu"
+        and x.dtype == torch.float32
+        and points.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and points.is_contiguous()
+        and x.shape[0] > 0
+        and x.shape[1] % 64 == 0
+        and points.numel() >= LEAST
+        and not (torch.is_grad_enabled() and (x.requires_grad or points.requires_grad))
+    )
+
+
+def scan(x: Tensor, points: Tensor, alpha: Tensor, precision: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Mean and log-sum-exp of :math:`\ell_{bn} = \log w_n - \text{precision}_b \lVert x_b - \alpha_b y_n\rVert^2`.
+
+    Args:
+        x: ``(batch, D)``, float32; see :func:`fits`.
+        points: ``(n, D)``.
+        alpha: ``(batch,)``.
+        precision: ``(batch,)``.
+        log_weights: ``(n,)``; ``-inf`` for a row that does not count.
+
+    Returns:
+        ``(batch, D)`` and ``(batch,)``, both float64.
+    """
+    samples, rows = _chunked(x), _chunked(points)
+    a, p = alpha.float().numpy(), precision.double().contiguous().numpy()
+    log_w = log_weights.double().contiguous().numpy()
+
+    def part(begin: int, end: int) -> tuple[Any, Any, Any]:
+        mean, top, total = np.empty(samples.shape), np.empty(len(samples)), np.empty(len(samples))
+        kernels.scan(samples, a, p, rows[begin:end], log_w[begin:end], mean, top, total)
+        return mean.reshape(len(samples), -1), top, total
+
+    means, tops, totals = (torch.from_numpy(np.stack(found)) for found in zip(*_shared(part, x, points), strict=True))
+    shares = totals.log() + tops
+    result = shares.logsumexp(0)
+    shrink = (tops - result).exp()
+    return (means * shrink[..., None]).sum(0), result
+
+
+def squared_distances(x: Tensor, points: Tensor, alpha: Tensor) -> Tensor:
+    r""":math:`\lVert x_b - \alpha_b y_n\rVert^2`, ``(batch, n)`` in float64; arguments as for :func:`scan`."""
+    samples, rows, a = _chunked(x), _chunked(points), alpha.float().numpy()
+
+    def part(begin: int, end: int) -> Any:  # noqa: ANN401
+        out = np.empty((len(samples), end - begin))
+        kernels.distances(samples, a, rows[begin:end], out)
+        return out
+
+    return torch.from_numpy(np.concatenate(_shared(part, x, points), 1))
+
+
+def _chunked(flat: Tensor) -> Any:  # noqa: ANN401
+    """``(n, D)`` as the array ``(n, D / width, width)`` that the kernels take; halves as their bits."""
+    width = math.gcd(flat.shape[1], CHUNK)
+    bits = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}
+    array = flat.detach().contiguous().view(bits.get(flat.dtype, flat.dtype)).numpy()
+    return array.reshape(len(array), -1, width)
+
+
+def _shared(part: Callable[[int, int], Any], x: Tensor, points: Tensor) -> list[Any]:
+    """``part`` of equal ranges of rows, one per thread that is worth it."""
+    n = points.shape[0]
+    threads = max(1, min(torch.get_num_threads(), x.shape[0] * points.numel() // SHARE))
+    step = -(-n // (threads * kernels.ROWS)) * kernels.ROWS
+    ranges = [(begin, min(begin + step, n)) for begin in range(0, n, step)]
+    if len(ranges) == 1:
+        return [part(*ranges[0])]
+    return list(_pool(threads).map(lambda ends: part(*ends), ranges))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "steerclear-scan")
