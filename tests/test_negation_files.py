@@ -1,6 +1,7 @@
 """Negation files: exact round trips, whatever is on disk, and a save that is killed at any moment."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +132,131 @@ def test_a_save_replaces_and_leaves_nothing_beside(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+# -- equal bytes ----------------------------------------------------------------------------------------------------
+
+
+def plain(n=2):
+    """A set whose file can be written down by hand."""
+    latents = torch.arange(6.0 * n).reshape(n, 2, 3)
+    return NegationSet(latents=latents, space=SPACE, ids=tuple("abcdefgh"[:n]), digests=("sha256:0",) * n)
+
+
+def test_the_bytes_are_those_of_the_format_and_nothing_else(tmp_path):
+    """Typed from the format's description: sorted metadata, wide tensors first, a header padded to eight bytes."""
+    items, path = plain(), tmp_path / "a.safetensors"
+    items.save(path)
+    latents, weights = np.arange(12, dtype="<f2").tobytes(), np.ones(2, dtype="<f4").tobytes()
+    space = json.dumps({"encoder": SPACE.encoder, "shape": [2, 3], "name": SPACE.name})
+    listed = json.dumps({"ids": ["a", "b"], "labels": ["", ""], "digests": ["sha256:0"] * 2})
+    signed = b"".join(text.encode() + b"\0" for text in ("steerclear.negation", "1", space, listed))
+    metadata = {
+        "format": "steerclear.negation",
+        "items": listed,
+        "sha256": hashlib.sha256(signed + latents + weights).hexdigest(),
+        "space": space,
+        "version": "1",
+    }
+    header = {
+        "__metadata__": metadata,
+        "weights": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "latents": {"dtype": "F16", "shape": [2, 2, 3], "data_offsets": [8, 32]},
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    assert path.read_bytes() == struct.pack("<Q", len(text)) + text + weights + latents
+
+
+def test_saving_twice_gives_equal_bytes_whatever_the_hash_seed(tmp_path):
+    code = (
+        "import sys, torch; from steerclear.negation import NegationSet;NegationSet.load(sys.argv[1]).save(sys.argv[2])"
+    )
+    make().save(tmp_path / "a.safetensors")
+    made = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    for seed, path in zip((1, 2), made, strict=True):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "a.safetensors"), str(path)], check=True, env=environment
+        )
+    assert made[0].read_bytes() == made[1].read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_files_written_by_safetensors_itself_load(tmp_path, good):
+    """As earlier releases wrote them: another order of the metadata, which says nothing."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(good)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    (tmp_path / "b.safetensors").write_bytes(to_safetensors(tensors, metadata=dict(reversed(metadata.items()))))
+    assert same(NegationSet.load(tmp_path / "b.safetensors"), NegationSet.load(path))
+
+
+# -- mapped ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_bfloat16_and_the_others_load_as_copies_and_mapped(tmp_path, dtype):
+    items, path = make(), tmp_path / "a.safetensors"
+    items.save(path, dtype=dtype)
+    expected = items.latents.to(dtype)
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor("latents"), expected)
+    copied, mapped = NegationSet.load(path), NegationSet.load(path, mapped=True)
+    assert copied.latents.dtype == torch.float32
+    assert torch.equal(copied.latents, expected.float())
+    assert mapped.latents.dtype == dtype
+    assert torch.equal(mapped.latents, expected)
+    assert (mapped.ids, mapped.labels, mapped.digests) == (copied.ids, copied.labels, copied.digests)
+    assert torch.equal(mapped.weights, copied.weights)
+    mapped.save(tmp_path / "b.safetensors", dtype=dtype)
+    assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_a_mapped_set_outlives_its_replacement_and_its_deletion(tmp_path):
+    path = tmp_path / "a.safetensors"
+    make().save(path)
+    mapped = NegationSet.load(path, mapped=True)
+    before = mapped.latents.clone()
+    make(fill=7.0).save(path)
+    assert torch.equal(mapped.latents, before)
+    path.unlink()
+    assert torch.equal(mapped.latents, before)
+
+
+def test_writing_to_a_mapped_set_changes_no_file(tmp_path):
+    make().save(tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    NegationSet.load(tmp_path / "a.safetensors", mapped=True).latents.zero_()
+    assert (tmp_path / "a.safetensors").read_bytes() == content
+
+
+def test_a_mapped_file_is_checked_before_it_is_used(tmp_path, good):
+    flipped = bytearray(good)
+    flipped[-1] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(flipped)
+    with pytest.raises(NegationFileError, match="checksum"):
+        NegationSet.load(tmp_path / "a.safetensors", mapped=True)
+
+
+def test_a_mapped_set_takes_no_memory_of_its_own(tmp_path):
+    """96 MiB of latents, verified and mapped by a process that may not have 64 MiB more than it has."""
+    path = tmp_path / "a.safetensors"
+    latents = torch.zeros(48, 1024, 1024, dtype=torch.float16)
+    NegationSet(latents=latents, space=Space(encoder="x", shape=(1024, 1024)), digests=("d",) * 48).save(path)
+    code = """
+import sys
+from pathlib import Path
+from steerclear.negation import NegationSet
+def own(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+before = own()
+mapped = NegationSet.load(sys.argv[1], mapped=True)
+print(own() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux's account of a process's own memory")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 40 << 10
+
+
 # -- damaged and hostile files --------------------------------------------------------------------------------------
 
 
@@ -249,9 +376,7 @@ def test_a_well_formed_file_with_impossible_values_is_refused(tmp_path, fields):
             write(path, stored._replace(latents=fields["latents"]), torch.float32)
         return
     write(path, stored, torch.float32)
-    with pytest.raises(
-        NegationFileError, match=r"valid negation set, got: NegationSet: expected|more than 1 entries"
-    ):
+    with pytest.raises(NegationFileError, match=r"valid negation set, got: NegationSet: expected|more than 1 entries"):
         NegationSet.load(path)
 
 

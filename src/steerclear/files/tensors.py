@@ -27,7 +27,7 @@ from torch import Tensor
 from steerclear.files.atomic import write_atomic
 from steerclear.files.scan import Malformed, Scanner
 
-#: Bytes of a header, most: some 150 000 items with ids, labels and digests. Safetensors itself stops at 100 MB.
+#: Bytes of a header, most: some 140 000 items with ids, labels and digests. Safetensors itself stops at 100 MB.
 MAX_HEADER = 32 << 20
 MAX_TENSORS, MAX_METADATA, MAX_DIMENSIONS = 64, 64, 16
 #: Bytes that are read and hashed at a time.

@@ -5,7 +5,7 @@ metadata ``format``, ``version``, ``sha256`` over all the rest, and as JSON ``sp
 ``items`` (ids, labels, digests). The checksum finds accidents, not attacks: whoever can write the file can write
 another checksum.
 
-Limits: 16 MiB of ids, labels and digests, some 150 000 items; a header of 32 MiB
+Limits: 16 MiB of ids, labels and digests, some 140 000 items; a header of 32 MiB
 (:data:`~steerclear.files.tensors.MAX_HEADER`). Reading takes the file's size in memory and, for float32 copies of
 half-precision latents, twice that beside it; mapped, some ten times the header. Larger sets belong in a store.
 """
