@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steerclear.errors import InvalidInput
 from steerclear.negation import NegationSet
-from steerclear.negation.posterior import CPU_BLOCK, expanded_distances, squared_distances
+from steerclear.negation.posterior import squared_distances
 
 
 def radius_of(references: NegationSet | Tensor, quantile: float = 0.05, *, block: int = 1 << 22) -> float:
@@ -44,10 +44,7 @@ def radius_of(references: NegationSet | Tensor, quantile: float = 0.05, *, block
 
 def distances(x: Tensor, centres: Tensor) -> Tensor:
     """``(batch, n)`` Euclidean distances: the fast ones, for decisions on the way."""
-    ones = x.new_ones(len(x), 1)
-    if x.device.type == "cpu":
-        return expanded_distances(x, centres, ones).sqrt()
-    return squared_distances(x, centres, ones, block=CPU_BLOCK << 5).sqrt()
+    return squared_distances(x, centres, x.new_ones(len(x), 1), fast=True).sqrt()
 
 
 def widest(x: Tensor) -> torch.dtype:

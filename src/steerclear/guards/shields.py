@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerclear.negation.posterior import CPU_BLOCK, squared_distances
+from steerclear.negation.posterior import squared_distances
 
 Array = NDArray[np.float64]
 Shown = Callable[[Tensor], Tensor]
@@ -117,7 +117,7 @@ def distances(x: Tensor, centres: Tensor) -> Tensor:
     if not len(centres):
         return x.new_zeros(len(x), 0)
     ones = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
-    return squared_distances(x, centres, ones, block=CPU_BLOCK).sqrt()
+    return squared_distances(x, centres, ones).sqrt()
 
 
 def outside(x: Tensor, centres: Tensor, radii: Tensor) -> Tensor | None:

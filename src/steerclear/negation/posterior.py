@@ -86,18 +86,25 @@ def posterior(
     return Posterior(mean.to(work).reshape(x_t.shape), total - constant)
 
 
-def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int | None = None) -> Tensor:
+def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int | None = None, fast: bool = False) -> Tensor:
     r""":math:`\lVert x_b - \alpha_b y_n\rVert^2`, ``(batch, n)``.
-
-    With ``x (batch, D)``, ``y (n, D)`` in any floating dtype, and ``alpha (batch, 1)``.
 
     Differences are taken before squaring and summed in float64: expanding the square would cancel, and at 16 384
     dimensions a float32 sum is wrong by whole nats once it is divided by a small variance.
 
+    Args:
+        x: ``(batch, D)``.
+        y: ``(n, D)``, any floating dtype.
+        alpha: ``(batch, 1)``.
+        block: Elements per temporary.
+        fast: Differences may be rounded to float32; on CPUs without compiled kernels, squares may be expanded.
+
     Cost: one pass over ``y``; ``O(batch·n)`` memory.
     """
-    if (fused := _compiled(x, y)) is not None:
-        return fused.squared_distances(x, y, alpha.squeeze(1))
+    if (fused := _compiled(x.float() if fast else x, y)) is not None:
+        return fused.squared_distances(x.float(), y, alpha.squeeze(1))
+    if fast and x.device.type == "cpu":
+        return _expanded(x.double(), y, alpha.double(), block=block or EXPAND_BLOCK)
     block = block or _block_of(x)
     (batch, dim), n, wide = x.shape, y.shape[0], _accumulator(x.device)
     columns = min(dim, block)
@@ -115,6 +122,16 @@ def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int | None 
     return torch.cat(parts)
 
 
+def _expanded(x: Tensor, y: Tensor, alpha: Tensor, *, block: int) -> Tensor:
+    """The same by matrix products in float64, for scales at which nothing cancels."""
+    own = x.square().sum(1, keepdim=True)
+    parts: list[Tensor] = []
+    for few in _slices(y.shape[0], max(1, block // y.shape[1])):
+        points = y[few].to(x.dtype)
+        parts.append(own - 2 * alpha * (x @ points.T) + alpha.square() * points.square().sum(1))
+    return torch.cat(parts, 1).clamp(min=0.0)
+
+
 def _sums(
     x: Tensor, y: Tensor, alpha: Tensor, precision: Tensor, log_weights: Tensor, expand: bool, block: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -126,14 +143,9 @@ def _sums(
     block = block or (EXPAND_BLOCK if expand else _block_of(x))
     top = torch.full_like(alpha, -math.inf)
     total, mean = torch.zeros_like(top), torch.zeros_like(x, dtype=top.dtype)
-    own = x.square().sum(1, keepdim=True)
     for few in _slices(y.shape[0], max(1, block // y.shape[1])):
         points = y[few].to(x.dtype)
-        if expand:
-            squared = own - 2 * alpha * (x @ points.T) + alpha.square() * points.square().sum(1)
-        else:
-            squared = squared_distances(x, points, alpha, block=block)
-        logits = log_weights[few] - precision * squared.clamp(min=0.0)
+        logits = log_weights[few] - precision * squared_distances(x, points, alpha, block=block, fast=expand)
         higher = torch.maximum(top, logits.amax(1, keepdim=True))
         finite = torch.where(higher == -math.inf, torch.zeros_like(higher), higher)
         shrink, weights = (top - finite).exp(), (logits - finite).exp()
