@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "steerclear"
 #: Packages from the bottom up; each may import those of lower rank and itself.
 RANK = {
-    "errors": 0, "noise": 1, "files": 1, "denoise": 2, "prompts": 3, "negation": 3, "guards": 4,
+    "errors": 0, "noise": 1, "files": 1, "workers": 1, "denoise": 2, "prompts": 3, "negation": 3, "guards": 4,
     "detect": 5, "attach": 5, "finetune": 5, "zoo": 5, "attack": 6, "evaluate": 7, "testing": 8, "app": 9,
 }  # fmt: skip
 #: Third-party packages that only some parts may know.

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from tests.evaluation import comparable, load, task
 
+from steerclear import workers
 from steerclear.errors import InvalidInput, MissingExtra, SteerclearError
-from steerclear.evaluate import Arm, Shard, evaluate, records, shards
+from steerclear.evaluate import Arm, Shard, evaluate, records
 from steerclear.evaluate.shards import Worker
 from steerclear.evaluate.store import RunFolder
 
@@ -114,7 +115,7 @@ def fails(denoised, state):
 
 
 def test_an_error_of_an_actor_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "import_module", lambda name: BrokenRay)
+    monkeypatch.setattr(workers, "import_module", lambda name: BrokenRay)
     with pytest.raises(SteerclearError, match=r"a worker of Ray failed: .*arm bad, unit 0.*broken"):
         evaluate(task(arms=(Arm(key="bad", guard=fails),)), tmp_path, load=load, ray=True)
 
@@ -135,7 +136,7 @@ class BrokenPool:
 
 
 def test_a_worker_that_dies_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "ProcessPoolExecutor", BrokenPool)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", BrokenPool)
     with pytest.raises(SteerclearError, match=r"one that died: .* Run again"):
         evaluate(task(), tmp_path, load=load, workers=2)
 

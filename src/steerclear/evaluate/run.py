@@ -25,6 +25,7 @@ from steerclear.evaluate.store import RunFolder, part_description
 from steerclear.evaluate.task import Arm, Judge, Task, Unit
 from steerclear.files import write_atomic
 from steerclear.guards.base import Guard
+from steerclear.workers import threads
 
 FORMAT = 1
 Load = Callable[[], Any]
@@ -110,7 +111,7 @@ def engine(task: Task, folder: Path, pipe: Any) -> Generator[Engine]:  # noqa: A
         SteerclearError: If a guard cannot be built.
     """
     check_judges(task)
-    with _threads(task.sampling.threads), _scheduler(pipe, task.sampling.scheduler):
+    with threads(task.sampling.threads), _scheduler(pipe, task.sampling.scheduler):
         guards = {arm.key: arm.build(pipe) for arm in task.arms}
         plan = plan_of(task, pipe, guards)
         run = RunFolder(folder)
@@ -239,16 +240,6 @@ def _png(picture: Any) -> bytes:  # noqa: ANN401  (float array)
     buffer = io.BytesIO()
     Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

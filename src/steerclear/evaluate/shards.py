@@ -5,52 +5,21 @@ are the same whoever draws them. Nobody waits for anybody: :func:`steerclear.eva
 """
 
 import os
-from collections.abc import Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from steerclear.errors import InvalidInput, MissingExtra, SteerclearError
+from steerclear.errors import InvalidInput
 from steerclear.evaluate.run import Engine, Load, Progress, engine, load_model, quiet
 from steerclear.evaluate.store import RunFolder
 from steerclear.evaluate.task import Task
+from steerclear.workers import Shard, in_processes, on_ray
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """Every ``count``-th unit, from ``index`` on.
-
-    Raises:
-        InvalidInput: Unless ``0 <= index < count``.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise InvalidInput(f"Shard: expected 0 <= index < count, got {self.index} of {self.count}")
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Shard":
-        """The shard of this rank under torchrun (``RANK``, ``WORLD_SIZE``); all there is otherwise."""
-        given = os.environ if environment is None else environment
-        try:
-            return cls(index=int(given.get("RANK", "0")), count=int(given.get("WORLD_SIZE", "1")))
-        except ValueError as error:
-            raise InvalidInput(f"Shard: expected numbers in RANK and WORLD_SIZE, got {error}") from error
-
-    def of(self, units: int) -> list[int]:
-        """Its units."""
-        return list(range(self.index, units, self.count))
+__all__ = ["Shard", "Worker", "evaluate"]
 
 
 def evaluate(
@@ -133,61 +102,24 @@ class Worker:
         return {"pictures": [self.draw(int(unit)) for unit in batch["unit"]]}
 
 
-_worker: Worker | None = None
-
-
-def _start(task: Task, folder: Path, load: Load) -> None:
-    global _worker
+def _drawer(task: Task, folder: Path, load: Load) -> Callable[[int], int]:
     torch.set_num_threads(task.sampling.threads)
-    _worker = Worker(task, folder, load)
-
-
-def _draw(unit: int) -> int:
-    assert _worker is not None  # noqa: S101  (the pool starts every process with _start)
-    return _worker.draw(unit)
+    return Worker(task, folder, load).draw
 
 
 def _in_processes(task: Task, folder: Path, load: Load, units: list[int], workers: int, progress: Progress) -> int:
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(task, folder, load))
-    try:
-        waiting: set[Future[int]] = {pool.submit(_draw, unit) for unit in units}
-        drawn = 0
-        while waiting:
-            done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_EXCEPTION)
-            fresh = sum(future.result() for future in done)
-            if fresh:
-                progress("all arms", fresh)
-            drawn += fresh
-        return drawn
-    except BrokenProcessPool as error:
-        raise SteerclearError(
-            "evaluate: expected every worker to live, got one that died: killed, out of memory, or a script without "
-            '`if __name__ == "__main__":`. Run again, with fewer workers; finished batches are kept'
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    drawn = 0
+    for fresh in in_processes(partial(_drawer, task, folder, load), units, workers=workers, who="evaluate"):
+        if fresh:
+            progress("all arms", fresh)
+        drawn += fresh
+    return drawn
 
 
 def _on_ray(task: Task, folder: Path, load: Load, units: list[int], workers: int, progress: Progress) -> int:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        data: Any = import_module("ray.data")
-    except ImportError as error:
-        raise MissingExtra(f"evaluate: expected Ray Data, got {error}; run: pip install 'steerclear[ray]'") from error
-    if not units:
-        return 0
-    shape = {"batch_size": 1, "num_gpus": 1 if torch.cuda.is_available() else None}
-    made = data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
-        Worker,
-        fn_constructor_args=(task, folder.absolute(), load),
-        compute=data.ActorPoolStrategy(size=workers),
-        **shape,
-    )
     drawn = 0
-    try:
-        for row in made.iter_rows():
-            drawn += int(row["pictures"])
-            progress("all arms", int(row["pictures"]))
-    except Exception as error:
-        raise SteerclearError(f"evaluate: a worker of Ray failed: {error}") from error
+    rows = [{"unit": unit} for unit in units]
+    for row in on_ray(Worker, (task, folder.absolute(), load), rows, workers=workers, who="evaluate"):
+        drawn += int(row["pictures"])
+        progress("all arms", int(row["pictures"]))
     return drawn
