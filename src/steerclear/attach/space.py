@@ -15,7 +15,7 @@ from steerclear.attach.fingerprint import fingerprint
 from steerclear.attach.layout import Layout, layout_of
 from steerclear.attach.selftest import Evidence, verify
 from steerclear.errors import InvalidInput, UnsupportedPipeline
-from steerclear.negation import NegationSet, Space
+from steerclear.negation import References, Space
 from steerclear.negation import encoder as negation_encoder
 
 _BATCH = 8
@@ -156,7 +156,7 @@ def encoder_of(
 
 def check(
     pipe: Any,  # noqa: ANN401 - any diffusers pipeline
-    negation: Iterable[NegationSet],
+    negation: Iterable[References],
     *,
     height: int | None = None,
     width: int | None = None,

@@ -4,6 +4,6 @@
 safetensors files and reads those of others, with :mod:`~steerclear.files.scan` for their text.
 """
 
-from steerclear.files.atomic import write_atomic
+from steerclear.files.atomic import sync_folder, write_atomic
 
-__all__ = ["write_atomic"]
+__all__ = ["sync_folder", "write_atomic"]

@@ -35,7 +35,7 @@ def write_atomic(path: Path, content: bytes | Iterable[bytes | memoryview]) -> N
         finally:
             os.close(handle)
         os.replace(draft, path)  # noqa: PTH105 - named like the system call that makes it atomic
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError, ValueError):
             draft.unlink(missing_ok=True)
@@ -47,8 +47,8 @@ def _write_all(handle: int, content: bytes | memoryview) -> None:
         view = view[os.write(handle, view) :]
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can: Windows and some network drives cannot."""
+def sync_folder(folder: Path) -> None:
+    """Make new names in ``folder`` durable, where the system can: Windows and some network drives cannot."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -22,7 +22,7 @@ from steerclear.errors import InvalidInput, SampleRefused
 from steerclear.noise import per_sample
 
 if TYPE_CHECKING:
-    from steerclear.negation import NegationSet
+    from steerclear.negation import References
 
 # Rounds in which guards that settle one after the other may disturb each other's result.
 ROUNDS = 8
@@ -47,7 +47,7 @@ class Requires:
         evaluations: Calls ``state.denoise`` or ``state.again``; needs no guidance.
         stochastic: Sound only when the sampler adds noise between steps (``state.eta > 0``).
         one_call: Assumes one network evaluation per step (refuses Heun-like two-call solvers).
-        negation: Negation sets it reads; each must live in the sampler's space.
+        negation: Negation sets, in whichever form, that it reads; each must live in the sampler's space.
     """
 
     branches: bool = False
@@ -55,7 +55,7 @@ class Requires:
     evaluations: bool = False
     stochastic: bool = False
     one_call: bool = False
-    negation: tuple["NegationSet", ...] = ()
+    negation: tuple["References", ...] = ()
 
     @property
     def network(self) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.weights import TwoSample
-from steerclear.negation import NegationSet
+from steerclear.negation import References
 from steerclear.noise import NoiseLevel
 
 RIDGE = 1e-3
@@ -64,7 +64,7 @@ class Calibration:
 
 def calibrate(
     weight: TwoSample,
-    negation: NegationSet,
+    negation: References,
     *,
     unsafe: Tensor,
     safe: Tensor,
@@ -98,7 +98,10 @@ def calibrate(
             f"bandwidth={weight.bandwidth}"
         )
     weight.check(negation)
-    high, low = (score(weight, negation, x, levels=levels, generator=generator) for x in (unsafe, safe))
+    # Sets that follow a store are read at one moment.
+    moment = DenoiseState(x_t=unsafe, level=NoiseLevel(1.0, 0.0), step=0, num_steps=1)
+    now, references = replace(weight, safe=weight.safe.at(moment)), negation.at(moment)
+    high, low = (score(now, references, x, levels=levels, generator=generator) for x in (unsafe, safe))
     slope, offset = fit_logistic(high, low)
     if slope <= 0.0:
         raise UnsoundCombination(
@@ -111,7 +114,7 @@ def calibrate(
 
 def score(
     weight: TwoSample,
-    negation: NegationSet,
+    negation: References,
     samples: Tensor,
     *,
     levels: Sequence[NoiseLevel] = (),

@@ -33,7 +33,7 @@ from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.base import Requires
 from steerclear.guards.tracking import wide
 from steerclear.guards.weights import Weight
-from steerclear.negation import NegationSet
+from steerclear.negation import References
 from steerclear.noise import per_sample
 
 Fallback = str | Callable[[Tensor, DenoiseState], Sequence[str]]
@@ -78,7 +78,7 @@ class ConditionalRelease:
         The identity at ``strength=0`` and for every sample whose weight stays below ``gate``.
     """
 
-    negation: NegationSet
+    negation: References
     weight: Weight
     strength: float = 1.5
     gate: float = 0.3
@@ -102,7 +102,10 @@ class ConditionalRelease:
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
         self._alone(state)
         conditional, unconditional = (wide(state.branches[name]) for name in ("conditional", "unconditional"))
-        weight = self.weight.evidence(self.negation, conditional, state, (self, "conditional")).sigmoid()
+        negation, kind = self.weight.at(self.negation, state, self)
+        if not len(negation):
+            return None
+        weight = kind.evidence(negation, conditional, state, (self, "conditional")).sigmoid()
         released = self._latched(weight, state)
         state.note("weight", weight)
         state.note("release", released)
@@ -155,8 +158,9 @@ class ConditionalRelease:
 
     def _safe_push(self, unconditional: Tensor, state: DenoiseState) -> Tensor:
         r""":math:`\beta_\varnothing (\hat x_\varnothing - \hat x_{unsafe})`, the safe denoiser of that branch."""
-        unsafe = self.weight.posterior(self.negation, unconditional, state)
-        log_odds = self.weight.log_odds(unsafe, unconditional, state, (self, "unconditional"))
+        negation, kind = self.weight.at(self.negation, state, self)
+        unsafe = kind.posterior(negation, unconditional, state)
+        log_odds = kind.log_odds(unsafe, unconditional, state, (self, "unconditional"))
         beta = log_odds.clamp_max(math.log(self.max_beta)).exp()
         mean = unsafe.mean.to(unconditional.dtype)
         return per_sample(beta, unconditional).to(unconditional.dtype) * (unconditional - mean)

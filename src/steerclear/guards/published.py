@@ -25,7 +25,7 @@ from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput
 from steerclear.guards.base import Requires
 from steerclear.guards.tracking import wide
-from steerclear.negation import NegationSet
+from steerclear.negation import Items
 from steerclear.noise import NoiseLevel, per_sample
 
 FLOOR = 1e-8
@@ -56,7 +56,7 @@ class PublishedLoop:
         Code of arXiv:2502.08011 as released (threshold variant); see docs/safe-denoiser.md.
     """
 
-    negation: NegationSet
+    negation: Items
     scale: float = 0.33
     sigma: float = 3.15
     threshold: float = 0.0
@@ -68,10 +68,10 @@ class PublishedLoop:
             raise InvalidInput(f"PublishedLoop: expected a finite sigma > 0, got {self.sigma}")
         if math.isnan(self.threshold) or self.threshold == math.inf:
             raise InvalidInput(f"PublishedLoop: expected a threshold below infinity, got {self.threshold}")
-        if len(self.negation.shape) != 3:
+        if len(self.negation.space.shape) != 3:
             raise InvalidInput(
                 f"PublishedLoop: expected references (channels, height, width), as on SD 1.x, got shape "
-                f"{tuple(self.negation.shape)}; SafeDenoiser(weight=...) takes any shape"
+                f"{tuple(self.negation.space.shape)}; SafeDenoiser(weight=...) takes any shape"
             )
 
     @property
@@ -79,6 +79,8 @@ class PublishedLoop:
         return Requires(negation=(self.negation,))
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
+        if not len(self.negation.at(state)):
+            return None
         x = wide(denoised)
         references = self._references(x, state)
         kernels = self.kernels(x, references)
@@ -96,7 +98,7 @@ class PublishedLoop:
         """The normalised references like ``x``: the same at every step, so made once a trajectory."""
         references = state.memory.get((self, "references"))
         if references is None:
-            references = normalised(self.negation.latents.to(device=x.device, dtype=x.dtype))
+            references = normalised(self.negation.at(state).latents.to(device=x.device, dtype=x.dtype))
             state.memory[(self, "references")] = references
         return references
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from steerclear.errors import InvalidInput
-from steerclear.negation import NegationSet
+from steerclear.negation import Items
 from steerclear.negation.posterior import squared_distances
 
 
-def radius_of(references: NegationSet | Tensor, quantile: float = 0.05, *, block: int = 1 << 22) -> float:
+def radius_of(references: Items | Tensor, quantile: float = 0.05, *, block: int = 1 << 22) -> float:
     """A radius for shields: a quantile of the distances from real pictures to the nearest *other* one.
 
     Args:
@@ -24,7 +24,7 @@ def radius_of(references: NegationSet | Tensor, quantile: float = 0.05, *, block
     Cost:
         ``n^2 D`` operations, blockwise.
     """
-    latents = references.latents if isinstance(references, NegationSet) else references
+    latents = references if isinstance(references, Tensor) else references.latents
     flat, count = latents.flatten(1), len(latents)
     if count < 2 or not 0.0 <= quantile <= 1.0:
         raise InvalidInput(f"radius_of: expected two pictures or more and 0 <= quantile <= 1, got {count}, {quantile}")

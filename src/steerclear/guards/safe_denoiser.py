@@ -24,7 +24,7 @@ from steerclear.guards.base import Guard, Requires, during
 from steerclear.guards.published import PublishedLoop
 from steerclear.guards.tracking import wide
 from steerclear.guards.weights import Weight
-from steerclear.negation import NegationSet
+from steerclear.negation import Items, References
 from steerclear.noise import per_sample
 
 
@@ -72,7 +72,7 @@ class SafeDenoiser:
             image = pipe("a drink").images[0]
     """
 
-    negation: NegationSet
+    negation: References
     weight: Weight
     strength: float = 1.0
     max_beta: float = 20.0
@@ -95,8 +95,11 @@ class SafeDenoiser:
         return Requires(negation=(self.negation,)) | self.weight.requires
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
-        unsafe = self.weight.posterior(self.negation, denoised, state)
-        log_odds = self.weight.log_odds(unsafe, denoised, state, self)
+        negation, kind = self.weight.at(self.negation, state, self)
+        if not len(negation):
+            return None
+        unsafe = kind.posterior(negation, denoised, state)
+        log_odds = kind.log_odds(unsafe, denoised, state, self)
         beta = self.beta(log_odds)
         state.note("weight", log_odds.sigmoid())
         state.note("beta", beta)
@@ -115,7 +118,7 @@ class SafeDenoiser:
     @classmethod
     def published(
         cls,
-        negation: NegationSet,
+        negation: Items,
         *,
         scale: float = 0.33,
         sigma: float = 3.15,

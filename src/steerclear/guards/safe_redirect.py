@@ -27,7 +27,7 @@ from steerclear.errors import InvalidInput
 from steerclear.guards.base import Requires
 from steerclear.guards.seen_posterior import SeenPosterior
 from steerclear.guards.tracking import wide
-from steerclear.negation import NegationSet
+from steerclear.negation import References
 from steerclear.noise import per_sample
 
 DIRECTIONS = 7  # seed of the directions
@@ -67,7 +67,7 @@ class SafeRedirect:
         The identity at ``gate=1`` and for every sample whose weight stays below ``gate``.
     """
 
-    negation: NegationSet
+    negation: References
     weight: SeenPosterior
     gate: float = 0.5
     start: float = 0.2

@@ -23,7 +23,7 @@ from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, NegationMismatch
 from steerclear.guards.base import Guard, Requires, during
 from steerclear.guards.radius import distances, widest
-from steerclear.negation import NegationSet
+from steerclear.negation import Items
 from steerclear.noise import per_sample
 
 # The top-k rule makes the kernel this much at the mean of the chosen squared distances.
@@ -89,7 +89,7 @@ class SafetyGuidedFlow:
         docs/safety-guided-flow.md.
     """
 
-    negation: NegationSet
+    negation: Items
     strength: float
     bandwidth: float | None = None
     ranks: tuple[int, int] = (0, 3)
@@ -114,16 +114,24 @@ class SafetyGuidedFlow:
         return Requires(negation=(self.negation,))
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
-        if denoised.shape[1:] != self.negation.latents.shape[1:]:
+        negation = self.negation.at(state)
+        if not len(negation):
+            return None
+        if self.bandwidth is None and self.ranks[1] > len(negation):
+            raise InvalidInput(
+                f"SafetyGuidedFlow: expected at least {self.ranks[1]} references for ranks {self.ranks}, got "
+                f"{len(negation)} after items were removed; add references, or use a fixed bandwidth"
+            )
+        if tuple(denoised.shape[1:]) != negation.space.shape:
             raise NegationMismatch(
-                f"SafetyGuidedFlow: expected samples of shape (batch, {', '.join(map(str, self.negation.shape))}), got "
-                f"{tuple(denoised.shape)}; encode the pictures again for this pipeline at this size"
+                f"SafetyGuidedFlow: expected samples of shape (batch, {', '.join(map(str, negation.space.shape))}), "
+                f"got {tuple(denoised.shape)}; encode the pictures again for this pipeline at this size"
             )
         x = denoised.detach().flatten(1).to(widest(denoised))
-        points = self._points(x, state)
+        points = self._points(x, negation, state)
         squared = distances(x, points).square()
         variance = self._variance(squared)
-        weights = self.negation.weights.to(x)
+        weights = negation.weights.to(x)
         logits = (weights / weights.sum()).log() - squared / (2.0 * variance[:, None])
         log_z = logits.logsumexp(1)
         state.note("kernel", log_z.exp())
@@ -146,16 +154,16 @@ class SafetyGuidedFlow:
         near = squared.topk(last, dim=1, largest=False).values[:, first:].mean(1)
         return near.clamp_min(1e-24) / (-2.0 * math.log(LEVEL))
 
-    def _points(self, x: Tensor, state: DenoiseState) -> Tensor:
+    def _points(self, x: Tensor, negation: Items, state: DenoiseState) -> Tensor:
         """The references ``(n, D)`` on the sample's device, moved there once per trajectory."""
         known: Tensor | None = state.memory.get((self, "points"))
         if known is None or known.device != x.device:
-            known = self.negation.latents.flatten(1).to(x.device)
+            known = negation.latents.flatten(1).to(x.device)
             state.memory[(self, "points")] = known
         return known
 
     @classmethod
-    def published(cls, negation: NegationSet, preset: str = "nudity-headline") -> Guard:
+    def published(cls, negation: Items, preset: str = "nudity-headline") -> Guard:
         """The paper's gradient with the window, scale and ranks of a published experiment.
 
         Args:
@@ -169,7 +177,7 @@ class SafetyGuidedFlow:
         return during(cls(negation=negation, strength=scale, ranks=(3, 6)), start=start, stop=stop)
 
     @classmethod
-    def released(cls, negation: NegationSet, preset: str = "nudity-headline") -> Guard:
+    def released(cls, negation: Items, preset: str = "nudity-headline") -> Guard:
         r"""What the released loop adds, for comparison: :math:`+\nabla\sum_i k`, towards the references, times n/2.
 
         Use it with ``attach(..., coupling="renoise")``, as the release does. Same arguments and errors as

@@ -30,8 +30,8 @@ from torch import Tensor
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.seen_references import SeenReferences
-from steerclear.guards.weights import Weight, logit
-from steerclear.negation import NegationSet, Posterior
+from steerclear.guards.weights import Weight, logit, require_fixed
+from steerclear.negation import Posterior, References
 from steerclear.noise import NoiseLevel
 
 
@@ -51,8 +51,9 @@ class Seen(Weight):
 
     Raises:
         InvalidInput: For values outside these ranges.
-        NegationMismatch, UnsoundCombination: If the guard's negation set lives in another space, or has other labels
-            (when the guard is built); from the pipeline's call, if a trajectory begins after the levels that are read.
+        NegationMismatch, UnsoundCombination: If the guard's negation set lives in another space, has other labels, or
+            follows a store (when the guard is built); from the pipeline's call, if a trajectory begins after the levels
+            that are read.
 
     Cost:
         No network evaluation; a projection of ``D × k`` and a ``(batch, n)`` distance matrix in ``k`` dimensions.
@@ -89,7 +90,8 @@ class Seen(Weight):
         if (len(self.centre), len(self.scale)) != (levels, levels) or min(self.scale) <= 0.0:
             raise InvalidInput(f"Seen: expected a centre and a scale > 0 for each of {levels} levels, got others")
 
-    def check(self, negation: NegationSet) -> None:
+    def check(self, negation: References) -> None:
+        require_fixed("Seen", negation)
         negation.space.require(self.references.space)
         named = frozenset(negation.labels) - {""}
         if named and named != self.references.unsafe:
@@ -153,7 +155,7 @@ class Seen(Weight):
         """Number of levels that are read."""
         return math.ceil(self.until * len(self.references.log_snr))
 
-    def evidence(self, negation: NegationSet, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
+    def evidence(self, negation: References, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
         self._started(state, owner)
         return self.odds(estimate, state.level)
 

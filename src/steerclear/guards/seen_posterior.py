@@ -31,8 +31,8 @@ from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.seen_references import SeenReferences
 from steerclear.guards.tracking import wide
-from steerclear.guards.weights import Weight, logit
-from steerclear.negation import NegationSet, Posterior
+from steerclear.guards.weights import Weight, logit, require_fixed
+from steerclear.negation import Posterior, References
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,8 +49,9 @@ class SeenPosterior(Weight):
 
     Raises:
         InvalidInput: For values outside these ranges, or with a ``bandwidth``, which means nothing here.
-        NegationMismatch, UnsoundCombination: If the guard's negation set lives in another space, or has other labels
-            (when the guard is built); from the pipeline's call, if a trajectory begins after the levels that are read.
+        NegationMismatch, UnsoundCombination: If the guard's negation set lives in another space, has other labels, or
+            follows a store (when the guard is built); from the pipeline's call, if a trajectory begins after the levels
+            that are read.
 
     Cost:
         No network evaluation; a projection of ``D × k`` there and back, and a ``(batch, n)`` distance matrix in ``k``
@@ -81,7 +82,8 @@ class SeenPosterior(Weight):
         if not 0.0 < self.until <= 1.0:
             raise InvalidInput(f"SeenPosterior: expected 0 < until <= 1, got {self.until}")
 
-    def check(self, negation: NegationSet) -> None:
+    def check(self, negation: References) -> None:
+        require_fixed("SeenPosterior", negation)
         negation.space.require(self.references.space)
         named = frozenset(negation.labels) - {""}
         if named and named != self.references.unsafe:
@@ -101,7 +103,7 @@ class SeenPosterior(Weight):
         r""":math:`\pi`."""
         return float(self.references.flagged.float().mean()) if self.prior is None else self.prior
 
-    def posterior(self, references: NegationSet, denoised: Tensor, state: DenoiseState) -> Posterior:
+    def posterior(self, references: References, denoised: Tensor, state: DenoiseState) -> Posterior:
         """Mean and log-evidence of the unsafe references at this level; ``references`` itself is not read."""
         x, own, kernels = self._seen(denoised, state)
         flagged = self.references.flagged.to(own.device)
@@ -115,7 +117,7 @@ class SeenPosterior(Weight):
     def log_odds(self, unsafe: Posterior, denoised: Tensor, state: DenoiseState, owner: object) -> Tensor:
         return self.evidence(None, denoised, state, owner)
 
-    def evidence(self, negation: NegationSet | None, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
+    def evidence(self, negation: References | None, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
         self._started(state, owner)
         if self.references.level(state.level) >= self.read:
             return torch.full((len(estimate),), -math.inf, device=estimate.device)

@@ -18,6 +18,7 @@ finished sample is projected once more, rechecked against every shield, and cert
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -31,7 +32,7 @@ from steerclear.guards.base import Requires
 from steerclear.guards.finished import FinishedSamples
 from steerclear.guards.radius import distances, radius_of, widest
 from steerclear.guards.shields import Projection, nearest, project
-from steerclear.negation import NegationSet
+from steerclear.negation import Items
 from steerclear.noise import per_sample
 
 Overlap = Literal["projection", "sum"]
@@ -47,7 +48,7 @@ class Shield:
         radius: In the sampler's units, > 0; :func:`radius_of` calibrates one.
     """
 
-    negation: NegationSet
+    negation: Items
     radius: float
 
     def __post_init__(self) -> None:
@@ -133,7 +134,7 @@ class SPELL:
             self.shields[0].negation.space.require(shield.negation.space)
 
     @classmethod
-    def published(cls, negation: NegationSet, *, radius: float, strength: float = 1.6) -> "SPELL":
+    def published(cls, negation: Items, *, radius: float, strength: float = 1.6) -> "SPELL":
         """The paper's update: plain sum, overcompensation 1.6, the whole trajectory, no certificate.
 
         The radius is the one tuned parameter; docs/spell.md lists the few that are known.
@@ -144,8 +145,8 @@ class SPELL:
     @classmethod
     def calibrated(
         cls,
-        negation: NegationSet,
-        references: NegationSet | None = None,
+        negation: Items,
+        references: Items | None = None,
         *,
         quantile: float = 0.05,
         strength: float = 1.6,
@@ -169,7 +170,10 @@ class SPELL:
         """Centres ``(n, D)`` and radii ``(n,)`` in float64, on the device of the sets."""
         if not self.shields:
             return torch.empty(0, 0), torch.empty(0, dtype=torch.float64)
-        flat = [shield.negation.latents.flatten(1) for shield in self.shields]
+        return self._balls([shield.negation for shield in self.shields])
+
+    def _balls(self, sets: Sequence[Items]) -> tuple[Tensor, Tensor]:
+        flat = [items.latents.flatten(1) for items in sets]
         sizes = [
             torch.full((len(rows),), s.radius, dtype=torch.float64) for rows, s in zip(flat, self.shields, strict=True)
         ]
@@ -180,6 +184,8 @@ class SPELL:
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
         x = denoised.detach().flatten(1).to(widest(denoised))
         centres, radii = self._around(x, denoised, state)
+        if not len(centres):
+            return None
         distance = distances(x, centres)
         active = distance < radii
         state.note("distance", torch.where(radii > 0.0, distance, math.inf).amin(1))
@@ -217,15 +223,17 @@ class SPELL:
         return torch.cat(parts), torch.cat(sizes, 1)
 
     def _at(self, given: Tensor, state: DenoiseState) -> tuple[Tensor, Tensor]:
-        """The static shields on the sample's device, moved there once per trajectory."""
-        if self.shields and given.shape[1:] != self.shields[0].negation.latents.shape[1:]:
+        """The shields that the trajectory began with, on the sample's device, moved there once."""
+        if self.shields and tuple(given.shape[1:]) != (shape := self.shields[0].negation.space.shape):
             raise NegationMismatch(
-                f"SPELL: expected samples of shape (batch, {', '.join(map(str, self.shields[0].negation.shape))}), got "
+                f"SPELL: expected samples of shape (batch, {', '.join(map(str, shape))}), got "
                 f"{tuple(given.shape)}; encode the pictures again for this pipeline at this size"
             )
         known: tuple[Tensor, Tensor] | None = state.memory.get((self, "static"))
         if known is None or known[0].device != given.device:
-            centres, radii = self._static
+            now = [shield.negation.at(state) for shield in self.shields]
+            fixed = all(items is shield.negation for items, shield in zip(now, self.shields, strict=True))
+            centres, radii = self._static if fixed else self._balls(now)
             known = centres.to(given.device), radii.to(given.device, widest(given))
             state.memory[(self, "static")] = known
         return known

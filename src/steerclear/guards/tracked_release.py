@@ -26,7 +26,7 @@ from steerclear.errors import InvalidInput
 from steerclear.guards.base import Requires
 from steerclear.guards.tracking import Prediction, log_ratio, wide
 from steerclear.guards.weights import Weight
-from steerclear.negation import NegationSet
+from steerclear.negation import References
 from steerclear.noise import per_sample
 
 # Log-odds beyond it say no more: where both branches have nothing safe left, they cancel instead of inf - inf.
@@ -90,7 +90,7 @@ class TrackedRelease:
             image = pipe("an axe").images[0]
     """
 
-    negation: NegationSet
+    negation: References
     weight: Weight
     drop: float = 0.05
     tau: float = 1.0
@@ -115,6 +115,8 @@ class TrackedRelease:
         return own | self.weight.requires
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
+        if not len(self.weight.at(self.negation, state, self)[0]):
+            return None
         conditional, unconditional = (wide(state.branches[name]) for name in ("conditional", "unconditional"))
         odds_c, push_c = self._evidence("conditional", conditional, state)
         odds_0, push_0 = self._evidence("unconditional", unconditional, state)
@@ -137,8 +139,9 @@ class TrackedRelease:
 
     def _evidence(self, branch: str, estimate: Tensor, state: DenoiseState) -> tuple[Tensor, Tensor]:
         r"""Log-odds of a branch, and the move of its safe denoiser, :math:`\beta (\hat x_b - \hat x_{b,unsafe})`."""
-        unsafe = self.weight.posterior(self.negation, estimate, state)
-        odds = self.weight.log_odds(unsafe, estimate, state, (self, branch)).clamp(-CERTAIN, CERTAIN)
+        negation, kind = self.weight.at(self.negation, state, self)
+        unsafe = kind.posterior(negation, estimate, state)
+        odds = kind.log_odds(unsafe, estimate, state, (self, branch)).clamp(-CERTAIN, CERTAIN)
         beta = odds.clamp_max(math.log(self.max_beta) if self.max_beta > 0.0 else -math.inf).exp()
         return odds, per_sample(beta, estimate).to(estimate.dtype) * (estimate - unsafe.mean.to(estimate.dtype))
 

@@ -16,7 +16,7 @@ See docs/safe-denoiser.md for when each is sound, with measurements.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.base import Requires
 from steerclear.guards.subspace import Subspace
 from steerclear.guards.tracking import Prediction, log_odds
-from steerclear.negation import NegationSet, Posterior
+from steerclear.negation import LiveSet, Posterior, References
 from steerclear.noise import NoiseLevel
 
 
@@ -59,11 +59,34 @@ class Weight(ABC):
         """What the estimator needs from the sampler."""
         return Requires()
 
-    def check(self, negation: NegationSet) -> None:
+    def check(self, negation: References) -> None:
         """Raises if this weight cannot be estimated for that negation set; any will do unless overridden."""
         return
 
-    def posterior(self, references: NegationSet, denoised: Tensor, state: DenoiseState) -> Posterior:
+    def at(self, negation: References, state: DenoiseState, owner: object) -> "tuple[References, Weight]":
+        """The negation set and this weight as one trajectory of ``owner`` goes by them, first step to last.
+
+        Where either follows a store, what was checked when the guard was built is checked again of what the trajectory
+        begins with. An empty negation set passes: its guard has nothing to do.
+
+        Raises:
+            NegationMismatch, UnsoundCombination: As :meth:`check`.
+        """
+        known: tuple[References, Weight] | None = state.memory.get((owner, Weight))
+        if known is not None:
+            return known
+        now, weight = negation.at(state), self._at(state)
+        if now is not negation or weight is not self:
+            if len(now):
+                weight.check(now)
+            state.memory[(owner, Weight)] = (now, weight)
+        return now, weight
+
+    def _at(self, state: DenoiseState) -> "Weight":
+        """This weight with its own references as they are when the trajectory begins."""
+        return self
+
+    def posterior(self, references: References, denoised: Tensor, state: DenoiseState) -> Posterior:
         """Mean and log-evidence of ``references`` as seen from this step, through this weight's kernel."""
         width = math.sqrt(self.temperature)
         if self.bandwidth is None:
@@ -71,7 +94,7 @@ class Weight(ABC):
             return references.posterior(state.x_t, level)
         return references.posterior(denoised, NoiseLevel(1.0, self.bandwidth * width))
 
-    def evidence(self, negation: NegationSet, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
+    def evidence(self, negation: References, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
         """Log-odds of an estimate for guards that need no posterior mean; estimators that can skip it do."""
         return self.log_odds(self.posterior(negation, estimate, state), estimate, state, owner)
 
@@ -99,7 +122,7 @@ class TwoSample(Weight):
     common unsafe data is. With Dirac data, ``bandwidth=None`` and :math:`a = 1, b = 0` this is the exact posterior.
 
     Args:
-        safe: What the model should go on drawing, in the same space as the negation set.
+        safe: What the model should go on drawing, in the same space as the negation set. It may follow a store, too.
         prior: :math:`\pi`, the unsafe share of what the model would draw, inside (0, 1).
         slope: :math:`a` > 0, an inverse temperature outside the kernel; see :func:`~steerclear.guards.calibrate`.
         offset: :math:`b`, in log-odds, fitted together with the slope.
@@ -114,7 +137,7 @@ class TwoSample(Weight):
         No network evaluation; one ``(batch, n)`` distance matrix per set and step.
     """
 
-    safe: NegationSet
+    safe: References
     prior: float = 0.5
     slope: float = 1.0
     offset: float = 0.0
@@ -140,9 +163,18 @@ class TwoSample(Weight):
     def requires(self) -> Requires:
         return Requires(negation=(self.safe,))
 
-    def check(self, negation: NegationSet) -> None:
+    def _at(self, state: DenoiseState) -> "TwoSample":
+        now = self.safe.at(state)
+        return self if now is self.safe else replace(self, safe=now)
+
+    def check(self, negation: References) -> None:
         negation.space.require(self.safe.space)
-        if self.subspace is not None and self.subspace.unsafe.ids != negation.ids:
+        if not len(self.safe):
+            raise UnsoundCombination(
+                "TwoSample: expected a safe reference set with at least one item, got an empty one, against which "
+                "everything is unsafe; add what the model should go on drawing"
+            )
+        if self.subspace is not None and self.subspace.unsafe.ids != getattr(negation, "ids", ()):
             raise UnsoundCombination(
                 "TwoSample: the subspace was made from another negation set than the guard's; make it from this one: "
                 "Subspace.principal(negation, safe, components)"
@@ -154,7 +186,7 @@ class TwoSample(Weight):
                 f"their evidences cancel there. Remove them from one of the two"
             )
 
-    def evidence(self, negation: NegationSet, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
+    def evidence(self, negation: References, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
         if self.subspace is None or self.bandwidth is None:
             return super().evidence(negation, estimate, state, owner)
         return self.odds(self.subspace.log_ratio(estimate, self.bandwidth * math.sqrt(self.temperature)))
@@ -251,6 +283,20 @@ class Gate(Weight):
     def log_odds(self, unsafe: Posterior, denoised: Tensor, state: DenoiseState, owner: object) -> Tensor:
         evidence = unsafe.log_evidence
         return torch.where(evidence >= self.threshold, torch.zeros_like(evidence), -math.inf)
+
+
+def require_fixed(name: str, negation: References) -> None:
+    """Refuse a set that follows its store, for weights whose references were made once.
+
+    Raises:
+        UnsoundCombination: For one.
+    """
+    if isinstance(negation, LiveSet):
+        raise UnsoundCombination(
+            f"{name}: expected a negation set that stays as it is, got one that follows its store: the references that "
+            "the model has seen were made once, and would know nothing of an item added later. Give store.snapshot() "
+            "and build the guard again after a change, or use TwoSample, Dynamic or SPELL, which follow"
+        )
 
 
 def logit(p: float) -> float:

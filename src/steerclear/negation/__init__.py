@@ -2,8 +2,26 @@
 
 from steerclear.negation.encoder import Encoder, encoder_of
 from steerclear.negation.images import Skip, find_images
+from steerclear.negation.live import LiveSet
 from steerclear.negation.posterior import Posterior
+from steerclear.negation.references import Items, References
 from steerclear.negation.sets import NegationSet
+from steerclear.negation.snapshot import Snapshot
 from steerclear.negation.space import Space
+from steerclear.negation.store import NegationStore, StoreReport
 
-__all__ = ["Encoder", "NegationSet", "Posterior", "Skip", "Space", "encoder_of", "find_images"]
+__all__ = [
+    "Encoder",
+    "Items",
+    "LiveSet",
+    "NegationSet",
+    "NegationStore",
+    "Posterior",
+    "References",
+    "Skip",
+    "Snapshot",
+    "Space",
+    "StoreReport",
+    "encoder_of",
+    "find_images",
+]

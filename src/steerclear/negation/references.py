@@ -44,3 +44,27 @@ class References(Protocol):
     def at(self, state: "DenoiseState") -> "References":
         """What this trajectory has to go by from its first step to its last: a form that never changes is itself."""
         ...
+
+
+@runtime_checkable
+class Items(References, Protocol):
+    """References that keep every item, for guards that compare with items one by one."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """One per item."""
+        ...
+
+    @property
+    def latents(self) -> Tensor:
+        """``(n, *space.shape)``."""
+        ...
+
+    @property
+    def weights(self) -> Tensor:
+        """``(n,)``, positive."""
+        ...
+
+    def at(self, state: "DenoiseState") -> "Items":
+        """As for :class:`References`."""
+        ...

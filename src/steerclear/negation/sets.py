@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from steerclear.negation.images import Images, Skip
 from steerclear.negation.posterior import Posterior, posterior
 from steerclear.negation.space import Space
 from steerclear.noise import NoiseLevel
+
+if TYPE_CHECKING:
+    from steerclear.denoise import DenoiseState
 
 
 _BLOCK = 1 << 22  # elements that are checked at a time
@@ -180,6 +183,10 @@ class NegationSet:
                 "encode the pictures again for this pipeline at this size: NegationSet.encode(images, pipe)"
             )
         return posterior(x_t, self.latents, self.weights, level)
+
+    def at(self, state: "DenoiseState") -> "NegationSet":
+        """Itself: a set never changes."""
+        return self
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,0 +1,292 @@
+"""The metadata and the log of a negation store: one SQLite file, distrusted when read.
+
+Table ``store`` has one row: what the store is, and how far it has come. Table ``items`` is metadata and log in one: a
+row is written once, with the number of its vector, and never changed but to note in which change it was ``removed``. So
+whoever has seen change ``c`` and ``n`` rows needs only the rows from ``n`` on and those removed after ``c``. Compaction
+begins a new ``generation``, with rows numbered anew.
+
+A file from somewhere else may hold anything. It is opened without trust in its schema, the schema must be ours to the
+letter before any table is read, every value is checked for type and size, and no count is believed that the file's own
+size does not support.
+"""
+
+import json
+import math
+import sqlite3
+import stat
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from steerclear.errors import InvalidInput, NegationFileError
+from steerclear.negation.space import Space
+
+FORMAT, VERSION, NAME = "steerclear.store", 1, "items.sqlite"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LONGEST = {"id": 1024, "label": 1024, "digest": 256, "provenance": 4096, "licence": 4096}
+SCHEMA = (
+    "CREATE TABLE store (one INTEGER PRIMARY KEY CHECK (one = 1), format TEXT NOT NULL, version INTEGER NOT NULL, "
+    "encoder TEXT NOT NULL, shape TEXT NOT NULL, name TEXT NOT NULL, dtype TEXT NOT NULL, "
+    "generation INTEGER NOT NULL, rows INTEGER NOT NULL, change INTEGER NOT NULL)",
+    "CREATE TABLE items (row INTEGER PRIMARY KEY, id TEXT NOT NULL, label TEXT NOT NULL, weight REAL NOT NULL, "
+    "digest TEXT NOT NULL, provenance TEXT NOT NULL, licence TEXT NOT NULL, added TEXT NOT NULL, "
+    "sha256 BLOB NOT NULL, removed INTEGER)",
+    "CREATE UNIQUE INDEX live_ids ON items (id) WHERE removed IS NULL",
+    "CREATE UNIQUE INDEX live_digests ON items (digest) WHERE removed IS NULL AND digest <> ''",
+    "CREATE INDEX gone ON items (removed) WHERE removed IS NOT NULL",
+)
+SMALLEST = 48  # bytes that a record of an item takes at the very least
+LARGEST_VALUE = 1 << 20  # bytes of one value
+
+
+class Head(NamedTuple):
+    """The row of ``store``: where the vectors live, and how far the store has come.
+
+    Args:
+        space: Of every vector.
+        dtype: As they are stored.
+        generation: Number of the vector file.
+        rows: Rows in it, removed ones included.
+        change: Number of the last change.
+    """
+
+    space: Space
+    dtype: torch.dtype
+    generation: int
+    rows: int
+    change: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of one vector."""
+        return math.prod(self.space.shape) * self.dtype.itemsize
+
+
+class Item(NamedTuple):
+    """What a store knows of one item besides its vector.
+
+    Args:
+        row: Number of its vector in the present generation.
+        id: Its name, unique among what is not removed.
+        label: What it is of.
+        weight: Positive.
+        digest: sha256 of the source picture's pixels, or of the latent.
+        provenance: Where it came from.
+        licence: Under which terms it is kept.
+        added: When, ISO 8601 in UTC.
+        sha256: Of the stored vector's bytes.
+        removed: The change that removed it; ``None`` if it is live.
+    """
+
+    row: int
+    id: str
+    label: str
+    weight: float
+    digest: str
+    provenance: str
+    licence: str
+    added: str
+    sha256: bytes
+    removed: int | None = None
+
+
+_COLUMNS = ", ".join(Item._fields)
+SELECT = f"SELECT {_COLUMNS} FROM items WHERE row >= ? ORDER BY row"  # noqa: S608 - of constants
+INSERT = f"INSERT INTO items ({_COLUMNS}) VALUES ({', '.join('?' * len(Item._fields))})"  # noqa: S608
+LIVE = {
+    "id": "SELECT 1 FROM items WHERE id = ? AND removed IS NULL",
+    "digest": "SELECT 1 FROM items WHERE digest = ? AND removed IS NULL AND digest <> ''",  # as the index has it
+}
+
+
+def connect(folder: Path, *, readonly: bool, timeout: float) -> sqlite3.Connection:
+    """Open the database of a store; its schema has been checked.
+
+    Raises:
+        NegationFileError: If there is none, or it is damaged or of somebody else's making.
+    """
+    path = folder / NAME
+    with translated(folder):
+        for name in (NAME, NAME + "-wal", NAME + "-shm"):
+            with suppress(FileNotFoundError):
+                if not stat.S_ISREG((folder / name).lstat().st_mode):
+                    raise damaged(folder, f"{name} that is a link or no file", "plain files")
+        if not path.exists():
+            raise NegationFileError(
+                f"{folder}: expected a folder made by NegationStore.create, got none with {NAME}; check the path, or "
+                "make one with: steerclear negate build PICTURES -o NAME.negation"
+            )
+        try:
+            return _opened(path, "mode=ro" if readonly else "mode=rw", timeout)
+        except sqlite3.OperationalError:
+            # A folder that nobody can write to: the log beside the database cannot be made, and is not needed.
+            if not readonly or (folder / (NAME + "-wal")).exists():
+                raise
+            return _opened(path, "mode=ro&immutable=1", timeout)
+
+
+def make(folder: Path, head: Head) -> None:
+    """Write the database of an empty store into ``folder``."""
+    connection = _configured(sqlite3.connect(folder / NAME, isolation_level=None), readonly=False)
+    try:
+        for statement in SCHEMA:
+            connection.execute(statement)
+        space = head.space
+        dtype = next(name for name, value in DTYPES.items() if value == head.dtype)
+        values = (1, FORMAT, VERSION, space.encoder, json.dumps(space.shape), space.name, dtype)
+        connection.execute(
+            "INSERT INTO store VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*values, head.generation, head.rows, head.change),
+        )
+    finally:
+        connection.close()
+
+
+def _opened(path: Path, query: str, timeout: float) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?{query}"
+    connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
+    try:
+        _configured(connection, readonly="mode=ro" in query)
+        found = connection.execute("SELECT type, sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9").fetchall()
+        wanted = [(sql.split()[1].replace("UNIQUE", "INDEX").lower(), sql) for sql in SCHEMA]
+        if sorted(found, key=str) != sorted(wanted, key=str):
+            raise damaged(path, "tables, indexes, views or triggers of another kind", "the tables of a store")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _configured(connection: sqlite3.Connection, *, readonly: bool) -> sqlite3.Connection:
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_VALUE)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    pragmas = ["trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0", "secure_delete = ON"]
+    if not readonly:
+        pragmas += ["journal_mode = WAL", "synchronous = FULL"]
+    for pragma in pragmas:
+        connection.execute(f"PRAGMA {pragma}")
+    if hasattr(connection, "setconfig"):  # from Python 3.12 on
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)  # pyright: ignore
+    return connection
+
+
+@contextmanager
+def transaction(folder: Path, connection: sqlite3.Connection, *, write: bool) -> Generator[Head]:
+    """One consistent view, or one change that happens as a whole; ``head`` has been checked.
+
+    Raises:
+        NegationFileError: If another writer holds the store for longer than the timeout, or the file is damaged.
+    """
+    with translated(folder):
+        connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+        try:
+            yield head_of(folder, connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+
+
+def head_of(folder: Path, connection: sqlite3.Connection) -> Head:
+    """The checked row of ``store``."""
+    row = connection.execute(
+        "SELECT format, version, encoder, shape, name, dtype, generation, rows, change FROM store LIMIT 1"
+    ).fetchone()
+    if row is None or row[0] != FORMAT:
+        raise damaged(folder, f"format {row and row[0]!r}", f"format {FORMAT!r}")
+    if row[1] != VERSION:
+        raise NegationFileError(
+            f"{folder}: expected store version {VERSION}, got {row[1]!r}; open it with the release of steerclear that "
+            "wrote it, or export it there to a single file"
+        )
+    _, _, encoder, shape, name, dtype, *numbers = row
+    texts = (encoder, shape, name, dtype)
+    if not all(isinstance(text, str) and len(text) <= 4096 for text in texts) or dtype not in DTYPES:
+        raise damaged(folder, "an incomplete description of its space")
+    if not all(isinstance(number, int) and 0 <= number < 1 << 48 for number in numbers):
+        raise damaged(folder, f"generation, rows and change {numbers}")
+    try:
+        sizes: Any = json.loads(shape)
+        space = Space(encoder=encoder, shape=tuple(sizes), name=name)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise damaged(folder, f"the shape {shape[:40]!r}") from error
+    if len(space.shape) > 8 or math.prod(space.shape) > 1 << 32:
+        raise damaged(folder, f"the shape {space.shape}")
+    return Head(space, DTYPES[dtype], *cast("list[int]", numbers))
+
+
+def items(folder: Path, connection: sqlite3.Connection, head: Head, *, start: int = 0) -> Iterator[Item]:
+    """The rows from ``start`` on, in order and without a gap, removed ones included; every value is checked."""
+    size = sum(path.stat().st_size for path in folder.glob(NAME + "*"))
+    if head.rows * SMALLEST > size:
+        raise damaged(folder, f"{head.rows} rows in {size} bytes")
+    expected = start
+    for values in connection.execute(SELECT, (start,)):
+        item = Item._make(values)
+        if item.row != expected or item.row >= head.rows or not _sane(item):
+            raise damaged(folder, f"row {item.row!r} in place of {expected}, or values of the wrong kind in it")
+        expected += 1
+        yield item
+    if expected != max(head.rows, start):
+        raise damaged(folder, f"{expected} rows", f"{head.rows}")
+
+
+def _sane(item: Item) -> bool:
+    texts = (item.id, item.label, item.digest, item.provenance, item.licence)
+    return (
+        all(isinstance(text, str) and len(text) <= most for text, most in zip(texts, LONGEST.values(), strict=True))
+        and item.id != ""
+        and isinstance(item.weight, float)
+        and 0.0 < item.weight < math.inf
+        and isinstance(item.added, str)
+        and len(item.added) <= 64
+        and isinstance(item.sha256, bytes)
+        and len(item.sha256) == 32
+        and (item.removed is None or (isinstance(item.removed, int) and item.removed > 0))
+    )
+
+
+def texts(name: str, value: str | Iterable[str], n: int) -> tuple[str, ...]:
+    """``value`` for each of ``n`` items, short enough and fit to be stored.
+
+    Raises:
+        InvalidInput: If one is not.
+    """
+    values = (value,) * n if isinstance(value, str) else tuple(value)
+    if len(values) != n:
+        raise InvalidInput(f"{name}: expected one text, or one for each of {n} items, got {len(values)}")
+    for text in values:
+        if len(text) > LONGEST[name] or "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise InvalidInput(
+                f"{name}: expected at most {LONGEST[name]} characters of Unicode without NUL, got {text[:40]!a} "
+                f"({len(text)} characters); give another"
+            )
+    return values
+
+
+@contextmanager
+def translated(folder: Path) -> Generator[None]:
+    """Errors of the engine and of the system, said in our words."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error) or "busy" in str(error):
+            raise NegationFileError(
+                f"{folder}: expected to be alone in writing, got another writer at work for longer than the timeout; "
+                "nothing was changed: try again, or give a longer timeout"
+            ) from error
+        raise damaged(folder, str(error)) from error
+    except (sqlite3.Error, OSError, OverflowError, UnicodeError) as error:
+        raise damaged(folder, str(error)) from error
+
+
+def damaged(path: Path, got: str, expected: str = "a negation store that can be read and written") -> NegationFileError:
+    """The error for a store that is not what it should be."""
+    return NegationFileError(
+        f"{path}: expected {expected}, got {got}; check space and permissions, restore it from a copy, or import the "
+        "single file that it was exported to"
+    )

@@ -1,0 +1,237 @@
+"""A negation store at one moment, and the reader that moves from one moment to the next at the cost of the change."""
+
+import os
+import sqlite3
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch
+from steerclear.negation import database, vectors
+from steerclear.negation.posterior import Posterior, posterior
+from steerclear.negation.space import Space
+from steerclear.noise import NoiseLevel
+
+if TYPE_CHECKING:
+    from steerclear.denoise import DenoiseState
+
+ATTEMPTS = 20  # to read while compactions replace the vectors that are about to be mapped
+
+
+@dataclass(slots=True, eq=False)
+class Columns:
+    """What is known of every row of one generation. Grows at the end; what is there never changes."""
+
+    ids: list[str] = field(default_factory=list[str])
+    labels: list[str] = field(default_factory=list[str])
+    digests: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """The items of a store at one moment. Never changes, whatever becomes of the store and its files.
+
+    Args:
+        space: Where the items live.
+        points: Every row of the vector file, removed ones included, ``(rows, *shape)``: memory mapped from the file, in
+            the dtype of the store. Read it only.
+        point_weights: One per row, float32; 0 marks a row that was removed.
+        generation: Within one generation row ``n`` is the same point for ever: an index over the first ``k`` rows stays
+            good while weights change and rows are added.
+        change: Number of the last change that it knows.
+        columns: Ids, labels and digests by row.
+
+    Equal to:
+        A :class:`~steerclear.negation.NegationSet` of the same items, up to the order of summation; bit for bit if no
+        row before the last live one was removed, or after :meth:`~steerclear.negation.NegationStore.compact`.
+    """
+
+    space: Space
+    points: Tensor
+    point_weights: Tensor
+    generation: int
+    change: int
+    columns: Columns = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one item."""
+        return self.space.shape
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Numbers of the live rows, ascending."""
+        return self.point_weights.nonzero().flatten()
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Of the live items, in the order of their rows."""
+        return self._live(self.columns.ids)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Of the live items."""
+        return self._live(self.columns.labels)
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Of the live items."""
+        return self._live(self.columns.digests)
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """The live items alone, ``(n, *shape)``: the mapped memory itself if no row before the last was removed."""
+        rows = self.rows
+        if len(rows) == self._end:
+            return self.points[: self._end]
+        return self.points[rows]
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Of the live items, ``(n,)``."""
+        return self.point_weights[self.rows]
+
+    @cached_property
+    def _end(self) -> int:
+        """One more than the last live row: rows after it are not even read, so that removing the newest undoes it."""
+        return int(self.rows[-1]) + 1 if len(self.rows) else 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Snapshot({len(self)} items in {self.space}; change {self.change})"
+
+    def posterior(self, x_t: Tensor, level: NoiseLevel) -> Posterior:
+        """Exact posterior mean ``(batch, *shape)`` and log-evidence ``(batch,)`` of the live items at ``x_t``.
+
+        Raises:
+            InvalidInput: If there is no item.
+            NegationMismatch: If ``x_t`` is not ``(batch, *shape)``.
+        """
+        if tuple(x_t.shape[1:]) != self.shape:
+            raise NegationMismatch(
+                f"expected samples of shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x_t.shape)}; "
+                "encode the pictures again for this pipeline at this size"
+            )
+        if not self._end:
+            raise InvalidInput("posterior: expected at least one item in the store, got none; guards do nothing then")
+        points, weights = self._on(x_t.device)
+        return posterior(x_t, points, weights, level)
+
+    def at(self, state: "DenoiseState") -> "Snapshot":
+        """Itself."""
+        return self
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Points and weights up to the last live row on a device, moved there once."""
+        known: dict[torch.device, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_placed", {})
+        if device not in known:
+            known[device] = (self.points[: self._end].to(device), self.point_weights[: self._end].to(device))
+        return known[device]
+
+    def _live(self, column: list[str]) -> tuple[str, ...]:
+        if len(self.rows) == len(self.point_weights):
+            return tuple(column[: len(self.rows)])
+        return tuple(column[row] for row in self.rows.tolist())
+
+
+class Reader:
+    """Follows one store: each :meth:`snapshot` reads what has changed since the last one. Safe to share among threads.
+
+    Args:
+        folder: The store.
+        timeout: Seconds to wait where the database is locked.
+    """
+
+    def __init__(self, folder: Path, timeout: float) -> None:
+        self.folder, self.timeout = folder, timeout
+        self._lock = threading.Lock()
+        self._connect()
+
+    def _connect(self) -> None:
+        self._process = os.getpid()
+        self._connection: sqlite3.Connection = database.connect(self.folder, readonly=True, timeout=self.timeout)
+        self._file = self._identity()
+        self._version: int | None = None
+        self._current: Snapshot | None = None
+        self._map = torch.empty(0)
+
+    def close(self) -> None:
+        """Let go of the database; snapshots stay good."""
+        self._connection.close()
+
+    def snapshot(self) -> Snapshot:
+        """The store as it is now; the very same object while nothing has changed.
+
+        Raises:
+            NegationFileError: If the store cannot be read any more, was replaced, or was closed.
+
+        Cost:
+            Microseconds without a change; with one, the new and the removed rows and a copy of the weights. After a
+            compaction the metadata of all rows.
+        """
+        with self._lock, database.translated(self.folder):
+            if os.getpid() != self._process:
+                self._connect()  # a connection must not be carried over a fork
+            if self._identity() != self._file:
+                raise NegationFileError(
+                    f"{self.folder}: expected the store that was opened, got another in its place; open it again"
+                )
+            version = self._connection.execute("PRAGMA data_version").fetchone()[0]
+            if self._current is None or version != self._version:
+                self._current = self._next(self._current)
+                self._version = version
+            return self._current
+
+    def _next(self, last: Snapshot | None) -> Snapshot:
+        for _ in range(ATTEMPTS):
+            with database.transaction(self.folder, self._connection, write=False) as head:
+                if last is not None and (head.change == last.change and head.generation == last.generation):
+                    return last
+                if last is not None and (head.space != last.space or head.change < last.change):
+                    raise database.damaged(self.folder, "another space or an earlier change than before")
+                known = last if last is not None and last.generation == head.generation else None
+                columns, weights = self._rows(head, known)
+            try:
+                if known is None or len(self._map) < head.rows:
+                    self._map = vectors.mapped(self.folder, head)
+            except FileNotFoundError:
+                continue  # compacted in the meantime: the next look at the database names the new file
+            return Snapshot(
+                space=head.space,
+                points=self._map[: head.rows],
+                point_weights=weights,
+                generation=head.generation,
+                change=head.change,
+                columns=columns,
+            )
+        raise database.damaged(self.folder, f"no file of its vectors in {ATTEMPTS} attempts")
+
+    def _rows(self, head: database.Head, known: Snapshot | None) -> tuple[Columns, Tensor]:
+        """Ids, labels and digests by row, and weights, from what is known and what the log says since."""
+        columns = Columns() if known is None else known.columns
+        start = len(columns.ids)
+        # All values are checked before any is taken over: a failed look must leave what is known whole.
+        fresh = list(database.items(self.folder, self._connection, head, start=start))
+        weights = torch.zeros(head.rows)
+        if known is not None:
+            weights[:start] = known.point_weights
+            query = "SELECT row FROM items WHERE removed > ? AND row < ?"
+            gone = [row for (row,) in self._connection.execute(query, (known.change, start))]
+            weights[torch.tensor(gone, dtype=torch.long)] = 0.0
+        live = [0.0 if item.removed is not None else item.weight for item in fresh]
+        weights[start:] = torch.tensor(live)
+        columns.ids += [item.id for item in fresh]
+        columns.labels += [item.label for item in fresh]
+        columns.digests += [item.digest for item in fresh]
+        return columns, weights
+
+    def _identity(self) -> tuple[int, int]:
+        status = (self.folder / database.NAME).stat()
+        return status.st_dev, status.st_ino
