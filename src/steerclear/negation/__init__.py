@@ -8,6 +8,7 @@ from steerclear.negation.references import Items, References
 from steerclear.negation.sets import NegationSet
 from steerclear.negation.snapshot import Snapshot
 from steerclear.negation.space import Space
+from steerclear.negation.statistics import NegationStatistics
 from steerclear.negation.store import NegationStore, StoreReport
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Items",
     "LiveSet",
     "NegationSet",
+    "NegationStatistics",
     "NegationStore",
     "Posterior",
     "References",

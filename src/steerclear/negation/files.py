@@ -12,7 +12,7 @@ half-precision latents, twice that beside it; mapped, some ten times the header.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -103,7 +103,7 @@ def read(path: Path, *, mapped: bool = False) -> Stored:
 
 
 @contextmanager
-def opened(path: Path, written: str = "a negation set written by NegationSet.save") -> Iterator[TensorFile]:
+def opened(path: Path, written: str = "a negation set written by NegationSet.save") -> Generator[TensorFile]:
     """An open file; whatever goes wrong with it becomes one kind of error.
 
     Args:
@@ -148,6 +148,8 @@ def begun(metadata: Mapping[str, str], keys: Iterable[str]) -> Any:  # noqa: ANN
     """The same checksum before the tensors' bytes."""
     state = hashlib.sha256()
     for key in keys:
+        if key not in metadata:
+            raise Malformed(f"no {key!r} in its metadata")
         state.update(metadata[key].encode() + b"\0")
     return state
 
