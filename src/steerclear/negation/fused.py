@@ -14,7 +14,7 @@ Threads share nothing: each has a range of rows, and their results are merged by
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -46,7 +46,14 @@ def fits(x: Tensor, points: Tensor) -> bool:
     )
 
 
-def scan(x: Tensor, points: Tensor, alpha: Tensor, precision: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+def scan(
+    x: Tensor,
+    points: Tensor,
+    alpha: Tensor,
+    precision: Tensor,
+    log_weights: Tensor,
+    ranges: Sequence[tuple[int, int]] | None = None,
+) -> tuple[Tensor, Tensor]:
     r"""Mean and log-sum-exp of :math:`\ell_{bn} = \log w_n - \text{precision}_b \lVert x_b - \alpha_b y_n\rVert^2`.
 
     Args:
@@ -55,20 +62,23 @@ def scan(x: Tensor, points: Tensor, alpha: Tensor, precision: Tensor, log_weight
         alpha: ``(batch,)``.
         precision: ``(batch,)``.
         log_weights: ``(n,)``; ``-inf`` for a row that does not count.
+        ranges: First rows and ends of what is read; everything, if left out.
 
     Returns:
         ``(batch, D)`` and ``(batch,)``, both float64.
     """
-    samples, rows = _chunked(x), _chunked(points)
+    samples, rows = chunked(x), chunked(points)
     a, p = alpha.float().numpy(), precision.double().contiguous().numpy()
     log_w = log_weights.double().contiguous().numpy()
+    blocks = np.concatenate([_blocks(*ends) for ends in ranges or [(0, len(rows))]])
 
     def part(begin: int, end: int) -> tuple[Any, Any, Any]:
         mean, top, total = np.empty(samples.shape), np.empty(len(samples)), np.empty(len(samples))
-        kernels.scan(samples, a, p, rows[begin:end], log_w[begin:end], mean, top, total)
+        kernels.scan(samples, a, p, rows, log_w, blocks[begin:end], mean, top, total)
         return mean.reshape(len(samples), -1), top, total
 
-    means, tops, totals = (torch.from_numpy(np.stack(found)) for found in zip(*_shared(part, x, points), strict=True))
+    found = shared(part, len(blocks), x.numel() * kernels.ROWS)
+    means, tops, totals = (torch.from_numpy(np.stack(each)) for each in zip(*found, strict=True))
     shares = totals.log() + tops
     result = shares.logsumexp(0)
     shrink = (tops - result).exp()
@@ -77,17 +87,23 @@ def scan(x: Tensor, points: Tensor, alpha: Tensor, precision: Tensor, log_weight
 
 def squared_distances(x: Tensor, points: Tensor, alpha: Tensor) -> Tensor:
     r""":math:`\lVert x_b - \alpha_b y_n\rVert^2`, ``(batch, n)`` in float64; arguments as for :func:`scan`."""
-    samples, rows, a = _chunked(x), _chunked(points), alpha.float().numpy()
+    samples, rows, a = chunked(x), chunked(points), alpha.float().numpy()
 
     def part(begin: int, end: int) -> Any:  # noqa: ANN401
-        out = np.empty((len(samples), end - begin))
-        kernels.distances(samples, a, rows[begin:end], out)
+        out = np.empty((len(samples), min(end * kernels.ROWS, len(rows)) - begin * kernels.ROWS))
+        kernels.distances(samples, a, rows[begin * kernels.ROWS : end * kernels.ROWS], out)
         return out
 
-    return torch.from_numpy(np.concatenate(_shared(part, x, points), 1))
+    found = shared(part, -(-len(rows) // kernels.ROWS), x.numel() * kernels.ROWS)
+    return torch.from_numpy(np.concatenate(found, 1))
 
 
-def _chunked(flat: Tensor) -> Any:  # noqa: ANN401
+def _blocks(begin: int, end: int) -> Any:  # noqa: ANN401
+    starts = np.arange(begin, end, kernels.ROWS)
+    return np.stack([starts, np.minimum(end - starts, kernels.ROWS)], 1)
+
+
+def chunked(flat: Tensor) -> Any:  # noqa: ANN401
     """``(n, D)`` as the array ``(n, D / width, width)`` that the kernels take; halves as their bits."""
     width = math.gcd(flat.shape[1], CHUNK)
     bits = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}
@@ -95,12 +111,11 @@ def _chunked(flat: Tensor) -> Any:  # noqa: ANN401
     return array.reshape(len(array), -1, width)
 
 
-def _shared(part: Callable[[int, int], Any], x: Tensor, points: Tensor) -> list[Any]:
-    """``part`` of equal ranges of rows, one per thread that is worth it."""
-    n = points.shape[0]
-    threads = max(1, min(torch.get_num_threads(), x.shape[0] * points.numel() // SHARE))
-    step = -(-n // (threads * kernels.ROWS)) * kernels.ROWS
-    ranges = [(begin, min(begin + step, n)) for begin in range(0, n, step)]
+def shared(part: Callable[[int, int], Any], count: int, cost: int) -> list[Any]:
+    """``part`` of equal ranges of ``count`` things of ``cost`` products each, one range per thread that is worth it."""
+    threads = max(1, min(torch.get_num_threads(), count * cost // SHARE))
+    step = -(-count // threads)
+    ranges = [(begin, min(begin + step, count)) for begin in range(0, count, step)]
     if len(ranges) == 1:
         return [part(*ranges[0])]
     return list(_pool(threads).map(lambda ends: part(*ends), ranges))

@@ -132,17 +132,44 @@ def _add_rows(weights, y, total):
 
 
 @_compiled
-def scan(x, alpha, precision, y, log_weights, mean, top, total):
-    r"""One thread's rows: :math:`\ell = \log w - \text{precision} \cdot d^2`, its maximum, normaliser and mean."""
-    batch, n = x.shape[0], y.shape[0]
+def some_distances(x, alpha, y, rows, out):
+    """``out (k,)`` of one sample ``x (chunks, width)`` to the ``k`` rows of ``y`` that ``rows`` names."""
+    last = rows.size - 1
+    for r in range(0, last + 1, 4):
+        p, q, s = min(r + 1, last), min(r + 2, last), min(r + 3, last)
+        d0, d1, d2, d3 = 0.0, 0.0, 0.0, 0.0
+        for k in range(x.shape[0]):
+            e0, e1, e2, e3 = _one_by_four(x[k], alpha, y[rows[r], k], y[rows[p], k], y[rows[q], k], y[rows[s], k])
+            d0, d1, d2, d3 = d0 + e0, d1 + e1, d2 + e2, d3 + e3
+        out[s], out[q], out[p], out[r] = d3, d2, d1, d0
+
+
+@_compiled
+def add_some(weights, y, rows, total):
+    """``total (chunks, width) += weights (k,) @ y[rows]``."""
+    last = rows.size - 1
+    for k in range(total.shape[0]):
+        for r in range(0, last + 1, 4):
+            p, q, s = min(r + 1, last), min(r + 2, last), min(r + 3, last)
+            w0, w1 = weights[r], np.float32(0) if p == r else weights[p]
+            w2, w3 = np.float32(0) if q == p else weights[q], np.float32(0) if s == q else weights[s]
+            _add_four(total[k], y[rows[r], k], y[rows[p], k], y[rows[q], k], y[rows[s], k], w0, w1, w2, w3)
+
+
+@_compiled
+def scan(x, alpha, precision, y, log_weights, blocks, mean, top, total):
+    r"""One thread's share: :math:`\ell = \log w - \text{precision} \cdot d^2`, its maximum, normaliser and mean.
+
+    ``blocks (m, 2)`` holds first row and number of rows, at most :data:`ROWS`, of what is read.
+    """
+    batch = x.shape[0]
     partial = np.zeros(x.shape, np.float32)
     squared = np.empty((batch, ROWS), np.float64)
-    weights = np.zeros((batch, ROWS + 3), np.float32)
+    weights = np.zeros((batch, ROWS), np.float32)
     top[:], total[:], mean[:] = -np.inf, 0.0, 0.0
-    blocks = 0
-    for start in range(0, n, ROWS):
-        rows = y[start : start + ROWS]
-        count = rows.shape[0]
+    for block in range(len(blocks)):
+        start, count = blocks[block, 0], blocks[block, 1]
+        rows = y[start : start + count]
         distances(x, alpha, rows, squared[:, :count])
         matters = False
         for b in range(batch):
@@ -169,9 +196,8 @@ def scan(x, alpha, precision, y, log_weights, mean, top, total):
                 weights[b, r] = weight
         if matters:
             _add_rows(weights, rows, partial)
-        blocks += 1  # whether it mattered or not: other samples of the batch must not move the folds
-        if blocks == FOLD or start + ROWS >= n:
-            blocks = 0
+        # Whether it mattered or not: other samples of the batch must not move the folds.
+        if (block + 1) % FOLD == 0 or block + 1 == len(blocks):
             for b in range(batch):
                 for k in range(x.shape[1]):
                     for i in range(x.shape[2]):
