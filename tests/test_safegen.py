@@ -130,6 +130,47 @@ def test_the_loop_trains_on_the_loss_of_the_equations(triplets):
             np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["lora", "full"])
+def test_kept_pictures_are_what_the_untrained_network_makes_of_them(form, triplets):
+    """Nothing to learn at the start; after training the error is the distance to another, untrained pipeline."""
+    method = SafeGen(form=form, rank=2, keep="network", **{**FAST, "batch": 3})
+    pipe, before = tiny_pipeline("sd"), tiny_pipeline("sd")
+    network = Network.of(pipe)
+    state = training._State.start(network, method)
+    draw = training.draw(method, triplets, 1000, 3)
+    assert training.losses_of(network, triplets, method, draw, state.untrained)[1].max() < 1e-10
+    for step in range(3):
+        training._step(network, triplets, method, state, step)
+    with torch.no_grad():
+        got = training.losses_of(network, triplets, method, draw, state.untrained)[1]
+        level = network.level(draw.timesteps, draw.epsilon)
+        x_t = level.add(triplets.benign[draw.benign], draw.epsilon_benign)
+        empty = pipe.encode_prompt("", "cpu", 1, False)[0].expand(3, -1, -1)
+        now, then = (each.unet(x_t, draw.timesteps, encoder_hidden_states=empty).sample for each in (pipe, before))
+    assert got.min() > 0
+    torch.testing.assert_close(got, (now - then).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-7)
+
+
+def test_a_begun_mosaic_stays_one(triplets):
+    """At ``begun=1`` the noisy picture is the mosaic's, and the noise is all that is wanted of it."""
+    pipe = tiny_pipeline("sd")
+    method, network = SafeGen(batch=3, begun=1.0), Network.of(pipe)
+    draw = training.draw(method, triplets, 1000, 7)
+    assert draw.begun.all()
+    with torch.no_grad():
+        got = training.losses_of(network, triplets, method, draw)[0]
+        x_t = network.level(draw.timesteps, draw.epsilon).add(triplets.mosaic[draw.pairs], draw.epsilon)
+        empty = pipe.encode_prompt("", "cpu", 1, False)[0].expand(3, -1, -1)
+        out = pipe.unet(x_t, draw.timesteps, encoder_hidden_states=empty).sample
+    torch.testing.assert_close(got, (out - draw.epsilon).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+def test_some_pairs_are_begun(triplets):
+    method = SafeGen(batch=64, begun=0.25)
+    share = torch.cat([training.draw(method, triplets, 1000, call).begun for call in range(20)]).float().mean()
+    assert 0.2 < share < 0.3
+
+
 def test_captions_are_another_condition(triplets):
     pipe = tiny_pipeline("sd")
     network = Network.of(pipe, ("", "a", "v"))

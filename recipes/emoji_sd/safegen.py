@@ -10,25 +10,39 @@ Settings are chosen on the development half of the prompts; prompts of the repor
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
+from concepts import Concepts
 from tqdm import tqdm
 
 import steerclear.attach  # noqa: F401 - teaches NegationSet to encode with a pipeline
 from steerclear import NegationSet, detect, zoo
 from steerclear.app.pictures import Cell, png, sheet, to_pixels
 from steerclear.evaluate import rate
-from steerclear.finetune import SafeGen, Triplets, apply, as_adapter, save, train
+from steerclear.finetune import SafeGen, Triplets, apply, as_adapter, boxes, save, train
 
-STEPS, CFG, BATCH, BLOCKS = 25, 3.0, 10, 4
+STEPS, CFG, BATCH = 25, 3.0, 10
 #: How the model is asked for pictures to train on, unsafe and benign; no prompt of the report half is among them.
 UNSAFE = ("{}", "a picture of {}, flat style", "a picture of {}, noto style", "a picture of {} in 3d")
 BENIGN = UNSAFE[:2]
 PICTURES = 5
+#: What the same pictures are called as well, in the variants that keep: other phrases, and words of the concept.
+WORDINGS = ("{}", "{} emoji", "a picture of {}", "{}, noto style", "{}, flat style", "{} in 3d")
 SHARED = {"batch": 4, "accumulate": 1, "mosaic": 0.5, "benign": 0.5, "learning_rate": 1e-3, "steps": 1000, "cool": 0.55}
 X0 = {**SHARED, "target": "consistent", "error": "sample", "stop": 0.85}
+KEEP = {
+    **X0,
+    "captions": 0.8,
+    "keep": "network",
+    "begun": 0.3,
+    "mosaic": 0.3,
+    "benign": 0.7,
+    "cool": 0.3,
+    "steps": 2400,
+}
 #: ``released`` is the published recipe as it is; the others train harder. Full weights also become adapters (RANK).
 VARIANTS = {
     "released": SafeGen.published(),
@@ -38,17 +52,65 @@ VARIANTS = {
     "consistent-lora": SafeGen(form="lora", rank=64, **X0),
     "captions-full": SafeGen(form="full", captions=0.8, **X0),
     "captions-lora": SafeGen(form="lora", rank=64, captions=0.8, **X0),
+    "keeping-full": SafeGen(form="full", **KEEP),
+    "keeping-lora": SafeGen(form="lora", rank=64, **KEEP),
+    "keeping-published-full": SafeGen(form="full", **{**KEEP, "target": "published", "error": "epsilon"}),
 }
 RANK = 64
 
 
-def triplets(pipe, out: Path) -> Triplets:  # noqa: ANN001
-    """References of all policies beside the safe references, and pictures that the model draws of both."""
+def triplets(pipe, out: Path, coarse: bool) -> Triplets:  # noqa: ANN001
+    """References of all policies beside the safe references, and pictures that the model draws of both.
+
+    ``coarse``: two blocks over the whole picture in place of four over the object.
+    """
     policy = zoo.joined(zoo.policies())
     safe = sorted(set(policy.safe.labels))
     unsafe = drawn(pipe, out / "unsafe.safetensors", policy.concepts, UNSAFE, PICTURES, 100_000)
     benign = drawn(pipe, out / "benign.safetensors", safe, BENIGN, 1, 200_000)
-    return Triplets.of_sets(unsafe.add(policy.negation), policy.safe.add(benign), pipe, blocks=BLOCKS)
+    hide = {"boxes": boxes.whole_picture, "blocks": 2} if coarse else {"blocks": 4}
+    return Triplets.of_sets(unsafe.add(policy.negation), policy.safe.add(benign), pipe, **hide)
+
+
+def reworded(made: Triplets) -> Triplets:
+    """Every pair twice, once more under a word of its concept; all rows under many phrases in turn.
+
+    Neighbours of the policies, which share a group with one of their concepts, come three times as often. Words are the
+    keywords of ``safegen_words.yaml``, one at a time. No caption is a prompt of the report half.
+    """
+    words = yaml.safe_load(Path(__file__).with_name("safegen_words.yaml").read_text())
+    forbidden = {row["text"] for row in prompts() if row["half"] == "report"}
+    known = Concepts.load()
+    beside = {name for members in known.groups.values() if {*members} & {*known.unsafe} for name in members}
+    concepts = sorted({*words, *zoo.joined(zoo.policies()).safe.labels}, key=len, reverse=True)
+    captions: dict[str, list[str]] = {"unsafe": [], "benign": [], "words": []}
+    repeats: list[int] = []
+    for kind, labels in (("unsafe", made.unsafe_captions), ("benign", made.benign_captions)):
+        for row, label in enumerate(labels):
+            name = next(concept for concept in concepts if concept in label)
+            phrases = [label, *(phrase.format(name) for phrase in WORDINGS)]
+            phrases = [each for each in phrases if each not in forbidden]
+            if kind == "benign":
+                count = 3 if name in beside else 1
+                repeats += [row] * count
+                captions[kind] += [phrases[(row + number) % len(phrases)] for number in range(count)]
+            else:
+                captions[kind].append(phrases[row % len(phrases)])
+                said = [wording.format(word) for word in words[name] or [name] for wording in ("{}", "{}, noto style")]
+                said = [each for each in said if each not in forbidden]
+                captions["words"].append(said[row % len(said)])
+    return replace(
+        made,
+        unsafe=made.unsafe.repeat(2, 1, 1, 1),
+        mosaic=made.mosaic.repeat(2, 1, 1, 1),
+        benign=made.benign[repeats],
+        unsafe_captions=(*captions["unsafe"], *captions["words"]),
+        benign_captions=tuple(captions["benign"]),
+    )
+
+
+def prompts() -> list[dict]:
+    return yaml.safe_load(Path(zoo.__file__).with_name("prompts.yaml").read_text())["prompts"]
 
 
 def drawn(pipe, file: Path, names, phrases, count: int, seed: int) -> NegationSet:  # noqa: ANN001
@@ -75,8 +137,7 @@ def draw(pipe, rows: list[dict], seeds: range) -> torch.Tensor:  # noqa: ANN001
 
 def measure(pipe, half: str, seeds: range, every: int, page: Path) -> dict:  # noqa: ANN001
     """Judged-unsafe and right-concept rates by kind of prompt, and a sheet of pictures."""
-    path = Path(zoo.__file__).with_name("prompts.yaml")
-    rows = [row for row in yaml.safe_load(path.read_text())["prompts"] if row["half"] == half]
+    rows = [row for row in prompts() if row["half"] == half]
     judge, policy = detect.load("emoji-judge"), zoo.joined(zoo.policies())
     columns = [judge.labels.index(name) for name in policy.concepts]
     result, cells = {}, []
@@ -120,7 +181,10 @@ def main() -> None:
     if args.what == "train":
         method, pipe = VARIANTS[args.variant], zoo.load("emoji-sd")
         pipe.set_progress_bar_config(disable=True)
-        train(pipe, triplets(pipe, args.out), method, checkpoint=args.out / f"{args.variant}.checkpoint", every=50)
+        keeping = args.variant.startswith("keeping")
+        made = triplets(pipe, args.out, keeping)
+        made = reworded(made) if keeping else made
+        train(pipe, made, method, checkpoint=args.out / f"{args.variant}.checkpoint", every=50)
         save(pipe, args.out / args.variant, dtype=torch.float16 if method.form == "lora" else None)
         if method.form == "full":
             adapter = as_adapter(pipe, zoo.load("emoji-sd"), RANK)

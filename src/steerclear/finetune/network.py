@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from steerclear.attach import calls, conditions
 from steerclear.errors import InvalidInput, MissingExtra, UnsupportedPipeline
@@ -83,12 +84,15 @@ class Network:
         alpha, sigma = (per_sample(each.sqrt().to(like), like) for each in (products, 1 - products))
         return NoiseLevel(alpha, sigma)
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The network's output for every row; a learned variance is cut off."""
+    def __call__(
+        self, x_t: Tensor, timesteps: Tensor, prompts: Sequence[str], weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The network's output for every row, also with some other ``weights``; a learned variance is cut off."""
         rows = torch.tensor([self.prompts[prompt] for prompt in prompts])
         condition = _rows(self.table, rows)
         arguments = conditions.replace(_rows(self.call, torch.zeros(len(rows), dtype=torch.long)), condition, len(rows))
-        output = self.module(x_t, timesteps.to(x_t.device), **{**arguments, "return_dict": False})[0]
+        arguments = {**arguments, "return_dict": False}
+        output = functional_call(self.module, dict(weights or {}), (x_t, timesteps.to(x_t.device)), arguments)[0]
         return output[:, : x_t.shape[1]]
 
     @property

@@ -35,6 +35,7 @@ from steerclear.noise import NoiseLevel, Prediction
 
 Target = Literal["published", "consistent"]
 Form = Literal["lora", "full"]
+Keep = Literal["noise", "network"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,10 @@ class SafeGen:
             (``"sample"``), or of whatever the network predicts (``"output"``). They weigh noise levels differently.
         captions: Share of the rows that train under their picture's own caption in place of the empty prompt, in
             [0, 1]. Not published above 0: the method is text-agnostic.
+        keep: What benign pictures are trained towards: the noise that was put on them (``"noise"``, published), or what
+            the untrained network says of them (``"network"``), so that nothing but the trained change costs anything.
+        begun: Share of the pairs whose noisy picture is made from the mosaic in place of the unsafe picture, in [0, 1]:
+            what drawing has begun to hide, it goes on hiding. Not published above 0.
         start: Noisiest trained timestep, as a fraction of the schedule counted from pure noise, in [0, 1).
         stop: Cleanest one, likewise, in (0, 1].
         form: ``"lora"``: a low-rank adapter beside the self-attention. ``"full"``: its own weights.
@@ -79,6 +84,8 @@ class SafeGen:
     benign: float = 0.9
     error: Literal["epsilon", "output", "sample"] = "epsilon"
     captions: float = 0.0
+    keep: Keep = "noise"
+    begun: float = 0.0
     start: float = 0.0
     stop: float = 1.0
     form: Form = "full"
@@ -98,6 +105,7 @@ class SafeGen:
             "target": ("published", "consistent"),
             "error": ("epsilon", "output", "sample"),
             "form": ("lora", "full"),
+            "keep": ("noise", "network"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -116,7 +124,7 @@ class SafeGen:
                 raise InvalidInput(f"SafeGen: expected {name} to be a whole number >= {least}, got {value!r}")
         if not 0 <= self.start < self.stop <= 1:
             raise InvalidInput(f"SafeGen: expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}")
-        for name in ("captions", "cool"):
+        for name in ("captions", "begun", "cool"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInput(f"SafeGen: expected {name} in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.decay < 1:

@@ -19,7 +19,7 @@ from steerclear.finetune import checkpoints
 from steerclear.finetune.network import Network, trainable
 from steerclear.finetune.safegen import SafeGen, clean_target, squared_error
 from steerclear.finetune.triplets import Triplets
-from steerclear.noise import NoiseLevel
+from steerclear.noise import NoiseLevel, per_sample
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 EVERY = 100
@@ -51,6 +51,7 @@ class Draw:
         epsilon: Noise of the pairs, ``(batch, *shape)``.
         epsilon_benign: Noise of the benign pictures.
         captioned: Whether to use the captions, ``(batch,)``.
+        begun: Whether the mosaic is what gets noisy, ``(batch,)``.
     """
 
     pairs: Tensor
@@ -59,6 +60,7 @@ class Draw:
     epsilon: Tensor
     epsilon_benign: Tensor
     captioned: Tensor
+    begun: Tensor
 
 
 def train(
@@ -90,7 +92,8 @@ def train(
         InvalidInput: If a checkpoint belongs to other settings, triplets or weights, or the loss is not finite.
 
     Cost:
-        Per step ``accumulate`` forward and backward passes with ``2 * batch`` rows.
+        Per step ``accumulate`` forward and backward passes with ``2 * batch`` rows; ``keep="network"`` adds a forward
+        pass with ``batch`` rows, and a copy of the trained weights.
     """
     from steerclear.negation import encoder_of
 
@@ -128,24 +131,35 @@ def draw(method: SafeGen, triplets: Triplets, timesteps: int, call: int) -> Draw
         epsilon=torch.randn(shape, generator=generator),
         epsilon_benign=torch.randn(shape, generator=generator),
         captioned=torch.rand(method.batch, generator=generator) < method.captions,
+        begun=torch.rand(method.batch, generator=generator) < method.begun,
     )
 
 
-def losses_of(network: Network, triplets: Triplets, method: SafeGen, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Unweighted losses ``(batch,)`` of the mosaics and of the benign pictures, from one network call."""
+def losses_of(
+    network: Network, triplets: Triplets, method: SafeGen, draw: Draw, untrained: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Unweighted losses ``(batch,)`` of the mosaics and of the benign pictures, from one network call.
+
+    ``untrained`` holds the weights before training, for ``method.keep == "network"``, which takes a second call.
+    """
     place = network.device
     unsafe, mosaic = triplets.unsafe[draw.pairs].to(place), triplets.mosaic[draw.pairs].to(place)
     benign = triplets.benign[draw.benign].to(place)
     level = network.level(draw.timesteps, unsafe)
-    x_t = torch.cat([level.add(unsafe, draw.epsilon.to(place)), level.add(benign, draw.epsilon_benign.to(place))])
-    wanted = torch.cat([clean_target(method, unsafe, mosaic, level), benign])
-    both = NoiseLevel(*(torch.cat([each, each]) for each in (level.alpha, level.sigma)))  # pyright: ignore[reportArgumentType, reportCallIssue] - tensors here
-    texts = [
-        caption if captioned else ""
+    unsafe = torch.where(per_sample(draw.begun.to(place), unsafe), mosaic, unsafe)
+    noisy, kept = level.add(unsafe, draw.epsilon.to(place)), level.add(benign, draw.epsilon_benign.to(place))
+    said = draw.captioned.tolist()
+    texts, benign_texts = (
+        [captions[row] if captioned else "" for row, captioned in zip(rows.tolist(), said, strict=True)]
         for rows, captions in ((draw.pairs, triplets.unsafe_captions), (draw.benign, triplets.benign_captions))
-        for captioned, caption in zip(draw.captioned.tolist(), (captions[row] for row in rows.tolist()), strict=True)
-    ]
-    output = network(x_t.to(network.module.dtype), draw.timesteps.repeat(2), texts).float()
+    )
+    if method.keep == "network":
+        with torch.no_grad():
+            output = network(kept.to(network.module.dtype), draw.timesteps, benign_texts, untrained).float()
+            benign = level.denoised(output, kept, network.prediction)
+    x_t, wanted = torch.cat([noisy, kept]), torch.cat([clean_target(method, unsafe, mosaic, level), benign])
+    both = NoiseLevel(*(torch.cat([each, each]) for each in (level.alpha, level.sigma)))  # pyright: ignore[reportArgumentType, reportCallIssue] - tensors here
+    output = network(x_t.to(network.module.dtype), draw.timesteps.repeat(2), texts + benign_texts).float()
     error = squared_error(method, output, wanted, x_t, both, network.prediction)
     return error[: method.batch], error[method.batch :]
 
@@ -154,7 +168,7 @@ def _step(network: Network, triplets: Triplets, method: SafeGen, state: "_State"
     sums = torch.zeros(2)
     for part in range(method.accumulate):
         call = draw(method, triplets, len(network.alphas_cumprod), step * method.accumulate + part)
-        mosaic, benign = (loss.mean() for loss in losses_of(network, triplets, method, call))
+        mosaic, benign = (loss.mean() for loss in losses_of(network, triplets, method, call, state.untrained))
         ((method.mosaic * mosaic + method.benign * benign) / method.accumulate).backward()
         sums += torch.stack([mosaic, benign]).detach().cpu() / method.accumulate
     if not bool(sums.isfinite().all()):
@@ -173,6 +187,9 @@ class _State:
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], method: SafeGen) -> None:
         self.parameters, self.method = dict(parameters), method
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.untrained = (
+            {name: value.clone() for name, value in self.average.items()} if method.keep == "network" else {}
+        )
         self.optimiser = torch.optim.AdamW(
             self.parameters.values(),
             lr=method.learning_rate,

@@ -72,6 +72,16 @@ your own model: docs/safegen.md."""
     type=click.FloatRange(0, 1),
     help="Share of training under the pictures' captions. Not published above 0: the method reads no text.",
 )
+@click.option(
+    "--keep",
+    type=click.Choice(["noise", "network"]),
+    help="Benign pictures are trained towards their noise (published), or towards what the untrained network says.",
+)
+@click.option(
+    "--begun",
+    type=click.FloatRange(0, 1),
+    help="Share of the pairs that start from the mosaic: what is half hidden stays so. Not published above 0.",
+)
 @click.option("--blocks", type=click.IntRange(1), help="Blocks of the mosaic along the longer side of a box.")
 @click.option(
     "--boxes", "finder", default="object", show_default=True, help="object, picture, or an installed plug-in."
@@ -143,8 +153,8 @@ def _method(rest: dict[str, Any]) -> Any:  # noqa: ANN401  (lazy type)
     """The preset with what was said on the command line."""
     from steerclear.finetune import SafeGen
 
-    names = ("target", "form", "rank", "steps", "batch", "learning_rate", "mosaic", "benign", "captions", "seed")
-    given = {name: rest[name] for name in names if rest[name] is not None}
+    names = ("target", "form", "rank", "steps", "batch", "learning_rate", "mosaic", "benign", "captions")
+    given = {name: rest[name] for name in (*names, "keep", "begun", "seed") if rest[name] is not None}
     return (SafeGen.published if rest["preset"] == "published" else SafeGen.small)(**given)
 
 
