@@ -53,8 +53,9 @@ class Shard:
         return list(range(self.index, units, self.count))
 
     def span(self, units: int) -> range:
-        """Neighbouring units: the ``index``-th of ``count`` pieces, for work whose neighbours share a file."""
-        return range(self.index * units // self.count, (self.index + 1) * units // self.count)
+        """Neighbouring units, for work whose neighbours share a file; the first shard's are never none."""
+        start, stop = (-(-at * units // self.count) for at in (self.index, self.index + 1))
+        return range(start, stop)
 
 
 @contextmanager
@@ -143,7 +144,7 @@ def on_ray(
         compute=data.ActorPoolStrategy(size=workers),
         **shape,
     )
-    results = made.iter_rows()
+    results = iter(made.iter_rows())
     while True:
         try:
             row = next(results)

@@ -5,6 +5,7 @@ the wanted aspect (as image models are trained; padding would put bars into the 
 """
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,8 +47,8 @@ class Picture:
     folder: str
 
 
-class _Unusable(Exception):
-    pass
+class Unusable(Exception):
+    """A picture cannot be used; the message says why."""
 
 
 def find_images(folder: str | os.PathLike[str], *, recursive: bool = True) -> list[Path]:
@@ -112,7 +113,7 @@ def pictures(listed: Sequence[Source], size: tuple[int, int], skipped: list[Skip
         name = str(path) if path else f"picture {index}"
         try:
             image = read(source)
-        except _Unusable as error:
+        except Unusable as error:
             skipped.append(Skip(source=name, reason=str(error)))
             continue
         digest = digest_of(image)
@@ -125,8 +126,12 @@ def pictures(listed: Sequence[Source], size: tuple[int, int], skipped: list[Skip
         )
 
 
-def read(source: Source) -> Image.Image:
-    """An upright RGB image, 8 bits a channel; raises ``_Unusable`` with the reason."""
+def read(source: Source | bytes) -> Image.Image:
+    """An upright RGB image, 8 bits a channel, of a path, an image, a tensor, or a file's bytes.
+
+    Raises:
+        Unusable: With the reason.
+    """
     with warnings.catch_warnings():
         # Decoders warn about odd files; what matters of that is an error here, and the rest concerns nobody.
         warnings.simplefilter("ignore")
@@ -135,18 +140,20 @@ def read(source: Source) -> Image.Image:
                 return _from_tensor(source)
             if isinstance(source, Image.Image):
                 return _upright_rgb(source)
+            if isinstance(source, bytes):
+                return _from_file(io.BytesIO(source), len(source))
             if not isinstance(source, str | os.PathLike):
-                raise _Unusable(f"{type(source).__name__}, not a path, PIL image or tensor")
-            return _from_file(Path(source))
-        except _Unusable:
+                raise Unusable(f"{type(source).__name__}, not a path, PIL image or tensor")
+            return _from_path(Path(source))
+        except Unusable:
             raise
         except Image.DecompressionBombError as error:
-            raise _Unusable(f"more than {MAX_PIXELS:,} pixels") from error
+            raise Unusable(f"more than {MAX_PIXELS:,} pixels") from error
         except Image.UnidentifiedImageError as error:
-            raise _Unusable("not a picture in a known format") from error
+            raise Unusable("not a picture in a known format") from error
         except Exception as error:
             # Decoders fail on hostile bytes with any exception there is; all of them mean the same here.
-            raise _Unusable(f"corrupt: {type(error).__name__}: {error}"[:200]) from error
+            raise Unusable(f"corrupt: {type(error).__name__}: {error}"[:200]) from error
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -161,12 +168,18 @@ def digest_of(image: Image.Image) -> str:
     return "sha256:" + hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def _from_file(path: Path) -> Image.Image:
+def _from_path(path: Path) -> Image.Image:
     if not path.is_file():
-        raise _Unusable("a folder or device" if path.exists() else "missing")
-    if not 0 < (size := path.stat().st_size) <= MAX_BYTES:
-        raise _Unusable(f"a file of {size} bytes (expected 1 to {MAX_BYTES})")
-    with Image.open(path) as image:
+        raise Unusable("a folder or device" if path.exists() else "missing")
+    return _from_file(path, path.stat().st_size)
+
+
+def _from_file(file: Path | io.BytesIO, size: int) -> Image.Image:
+    if not 0 < size <= MAX_BYTES:
+        raise Unusable(f"a file of {size} bytes (expected 1 to {MAX_BYTES})")
+    with Image.open(file) as image:
+        if image.format == "EPS":
+            raise Unusable("EPS, a program that another program would have to run")
         return _upright_rgb(image)
 
 
@@ -189,19 +202,19 @@ def _from_numbers(values: "np.ndarray[Any, Any]") -> Image.Image:
     if values.dtype.kind != "f" and values.dtype.itemsize > 2 and wide.max() <= 255:
         top = 255.0
     if top is None or not np.isfinite(wide).all() or wide.min() < 0 or wide.max() > top:
-        raise _Unusable("grey values outside every known range")
+        raise Unusable("grey values outside every known range")
     return Image.fromarray(np.round(wide / top * 255).astype(np.uint8)).convert("RGB")
 
 
 def _from_tensor(tensor: Tensor) -> Image.Image:
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
-        raise _Unusable(f"a tensor of shape {tuple(tensor.shape)} (expected (1, 3 or 4, height, width))")
+        raise Unusable(f"a tensor of shape {tuple(tensor.shape)} (expected (1, 3 or 4, height, width))")
     _check_size(tensor.shape[2], tensor.shape[1])
     values = tensor.detach().cpu()
     if values.dtype != torch.uint8:
         values = values.double()
         if not bool(((values >= 0) & (values <= 1)).all()):
-            raise _Unusable("values outside [0, 1], or NaN")
+            raise Unusable("values outside [0, 1], or NaN")
         values = (values * 255).round().to(torch.uint8)
     channels = values.permute(1, 2, 0).numpy()
     return _upright_rgb(Image.fromarray(channels[:, :, 0] if channels.shape[2] == 1 else channels))
@@ -209,6 +222,6 @@ def _from_tensor(tensor: Tensor) -> Image.Image:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise _Unusable(f"{width}×{height} pixels (at most {MAX_PIXELS:,} in all)")
+        raise Unusable(f"{width}×{height} pixels (at most {MAX_PIXELS:,} in all)")
     if min(width, height) < MIN_SIDE:
-        raise _Unusable(f"{width}×{height} pixels (at least {MIN_SIDE} a side)")
+        raise Unusable(f"{width}×{height} pixels (at least {MIN_SIDE} a side)")
