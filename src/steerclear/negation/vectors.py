@@ -21,7 +21,8 @@ from steerclear.errors import InvalidInput
 from steerclear.negation.database import Head, damaged
 
 _NAME = re.compile(r"vectors-\d{6,15}\.bin")
-_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# Not through links, and not waiting for the other end of a pipe; names that not every system has.
+_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 SPARE = 1 << 20  # bytes of room at the least; a quarter of the file if that is more
 BLOCK = 1 << 24  # bytes copied or hashed at a time
 
