@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +113,7 @@ def _into_store(out: Path, items: Iterator[Item]) -> int:
     shutil.rmtree(draft, ignore_errors=True)
     number, store = 0, None
     try:
-        while batch := [item for item, _ in zip(items, range(BATCH), strict=False)]:
+        while batch := list(islice(items, BATCH)):
             store = store or NegationStore.create(draft, batch[0].space)
             store.add(
                 _set(batch),

@@ -160,7 +160,7 @@ def _kind(reason: str) -> str:
 
 def _made(job: "partial[Worker]", mine: Sequence[tuple[int, Chunk]], workers: int, ray: bool) -> Iterator[Made]:
     if ray:
-        rows = [{"index": index, "chunk": json.dumps(chunk)} for index, chunk in mine]
+        rows = [{"number": index, "chunk": json.dumps(chunk)} for index, chunk in mine]
         for row in on_ray(Worker, job.args, rows, workers=workers, who="build"):
             yield Made(**{name: row[name] for name in Made._fields})
     elif workers > 1:

@@ -85,9 +85,10 @@ def read(path: Path) -> Part | None:
             values = {key: file.read(key) for key in ("contents", "latents")}
             if file.metadata.get("format") != FORMAT or file.metadata.get("sha256") != _checksum(file.metadata, values):
                 return None
-            return _parsed(file.metadata, values)
+            part = _parsed(file.metadata, values)
     except (OSError, ValueError, KeyError, Malformed, InvalidInput):
         return None
+    return part if part is not None and path.name == name([row.content for row in part.rows]) else None
 
 
 def _parsed(metadata: dict[str, str], values: dict[str, Tensor]) -> Part | None:
