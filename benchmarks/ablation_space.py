@@ -257,21 +257,10 @@ def as_shipped(own: Tensor, false_positives: float) -> Caught:
     return passes(odds.double().numpy(), 0.0)
 
 
-def sweep(prompts: Sequence[Prompt], judge: Judge, out: Path, workers: int, stride: int = 1) -> dict[str, Any]:
-    """Records, scores, and counts; every ``stride``-th reference."""
-    unsafe_set, safe_set = references()
-    latents = torch.cat([unsafe_set.latents, safe_set.latents]).float()[::stride]
-    labels = (*unsafe_set.labels, *safe_set.labels)[::stride]
-    policy = zoo.joined(zoo.policies())
-    pipe = load_model("emoji-sd")
-    folder = out / "space" / describe.digest([describe.model(pipe), describe.describe(latents)])[:12]
-    walks, draws, rows = [], [], []
-    size = SAMPLING.batch
-    for start in range(0, len(labels), size):
-        at = slice(start, start + size)
-        captions = tuple(policy.seen.captions[::stride][at]) if policy.seen else ()
-        seeds = tuple(range(start, start + len(captions)))
-        walks.append(Job(folder / f"reference-{start:04d}.safetensors", captions, seeds, latents[at]))
+def unguarded(prompts: Sequence[Prompt], folder: Path) -> tuple[list[Job], list[Prompt]]:
+    """Batches of unguarded pictures to record in ``folder``, and the prompt of every row."""
+    draws: list[Job] = []
+    rows: list[Prompt] = []
     for kinds, seeds in ((UNSAFE_KINDS, (0,)), (BENIGN_KINDS, BENIGN_SEEDS)):
         chosen = tuple(prompt for prompt in prompts if prompt.kind in kinds)
         task = Task(model="emoji-sd", prompts=chosen, arms=(Arm(key="none"),), seeds=seeds, keep="none",
@@ -281,6 +270,25 @@ def sweep(prompts: Sequence[Prompt], judge: Judge, out: Path, workers: int, stri
             name = describe.digest([list(texts), list(drawn)])[:16]
             draws.append(Job(folder / f"picture-{name}.safetensors", texts, drawn))
             rows += [prompt for prompt, _ in unit.pairs]
+    return draws, rows
+
+
+def sweep(prompts: Sequence[Prompt], judge: Judge, out: Path, workers: int, stride: int = 1) -> dict[str, Any]:
+    """Records, scores, and counts; every ``stride``-th reference."""
+    unsafe_set, safe_set = references()
+    latents = torch.cat([unsafe_set.latents, safe_set.latents]).float()[::stride]
+    labels = (*unsafe_set.labels, *safe_set.labels)[::stride]
+    policy = zoo.joined(zoo.policies())
+    pipe = load_model("emoji-sd")
+    folder = out / "space" / describe.digest([describe.model(pipe), describe.describe(latents)])[:12]
+    walks: list[Job] = []
+    size = SAMPLING.batch
+    for start in range(0, len(labels), size):
+        at = slice(start, start + size)
+        captions = tuple(policy.seen.captions[::stride][at]) if policy.seen else ()
+        seeds = tuple(range(start, start + len(captions)))
+        walks.append(Job(folder / f"reference-{start:04d}.safetensors", captions, seeds, latents[at]))
+    draws, rows = unguarded(prompts, folder)
     run([*draws, *walks], judge, workers)
     read = {kind: [load_file(job.path) for job in jobs] for kind, jobs in (("own", draws), ("refs", walks))}
     own, refs = ({key: torch.cat([part[key].float() for part in parts]) for key in parts[0]} for parts in read.values())

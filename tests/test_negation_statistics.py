@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from steerclear import NoiseLevel
-from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch
-from steerclear.guards import ConditionalRelease, SafeDenoiser, TwoSample
+from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch, UnsoundCombination
+from steerclear.guards import ConditionalRelease, SafeDenoiser, Subspace, TwoSample
 from steerclear.negation import NegationSet, References, Space
 from steerclear.negation.statistics import NegationStatistics
 
@@ -204,6 +204,36 @@ def test_the_protocol_and_the_guards_that_take_it():
     weight = TwoSample(safe=safe, bandwidth=1.0)
     for guard in (SafeDenoiser(negation=unsafe, weight=weight), ConditionalRelease(negation=unsafe, weight=weight)):
         assert unsafe in guard.requires.negation
+
+
+def test_seen_through_components_it_is_the_marginal():
+    """The projection of a Gaussian has the projected mean and covariance: torch's own density of them."""
+    made = NegationStatistics.of(items(), rank=2)
+    basis = torch.linalg.qr(torch.randn(6, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64))[0]
+    centre = torch.arange(6.0)
+    seen = made.projected(centre, basis, Space(encoder="x", shape=(3,)))
+    rows = made.basis.flatten(2).double()
+    covariance = rows.mT @ made.variances.double().diag_embed() @ rows
+    covariance = covariance + made.remainders.double()[:, None, None] * torch.eye(6)
+    means = (made.means.flatten(1).double() - centre) @ basis
+    parts = MultivariateNormal(means, basis.T @ covariance @ basis + 0.25 * torch.eye(3))
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    got = seen.posterior(x, NoiseLevel(1.0, 0.5)).log_evidence
+    expected = MixtureSameFamily(Categorical(made.shares.double()), parts).log_prob(x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_subspace_of_statistics_is_that_of_the_safe_set_alone():
+    unsafe, safe = NegationStatistics.of(items(), rank=2), items(seed=1, labels=("cup",))
+    subspace = Subspace.principal(unsafe, safe, 3)
+    points = safe.latents.flatten(1).double().numpy()
+    _, _, rows = np.linalg.svd(points - points.mean(0), full_matrices=False)
+    basis = subspace.basis.double().numpy()
+    np.testing.assert_allclose(basis @ basis.T, rows[:3].T @ rows[:3], atol=1e-5)
+    weight = TwoSample(safe=safe, subspace=subspace, bandwidth=1.0)
+    SafeDenoiser(negation=unsafe, weight=weight)
+    with pytest.raises(UnsoundCombination, match="another negation set"):
+        SafeDenoiser(negation=NegationStatistics.of(items(), rank=2, merge="weapon"), weight=weight)
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------

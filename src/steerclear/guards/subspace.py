@@ -7,6 +7,9 @@ estimate knows. With mean :math:`m` and orthonormal basis :math:`V_k` of the :ma
 .. math:: \phi(x) = V_k^\top (x - m), \qquad \lVert \phi(x) - \phi(y) \rVert \le \lVert x - y \rVert
 
 A documented departure from the theorem, like a bandwidth; it also makes the comparison :math:`D/k` times cheaper.
+
+Statistics in place of a negation set (:class:`~steerclear.negation.NegationStatistics`) are projected exactly, onto the
+components of the safe set alone: they have no items to take part.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steerclear.errors import InvalidInput
-from steerclear.negation import NegationSet, Space
+from steerclear.negation import NegationSet, NegationStatistics, Space
 from steerclear.noise import NoiseLevel
 
 
@@ -26,18 +29,20 @@ class Subspace:
     Args:
         mean: Centre, ``(D,)``.
         basis: Orthonormal columns, ``(D, k)``.
-        unsafe: The negation set's components.
+        unsafe: The negation set's components, or its statistics'.
         safe: The safe reference set's components.
     """
 
     mean: Tensor
     basis: Tensor
-    unsafe: NegationSet
+    unsafe: NegationSet | NegationStatistics
     safe: NegationSet
 
     @classmethod
-    def principal(cls, negation: NegationSet, safe: NegationSet, components: int) -> "Subspace":
+    def principal(cls, negation: NegationSet | NegationStatistics, safe: NegationSet, components: int) -> "Subspace":
         """The ``components`` directions in which the two sets together vary most, every item counting once.
+
+        Of statistics, the directions in which the safe set varies most.
 
         Raises:
             InvalidInput: Unless ``1 <= components <=`` the number of dimensions and of items.
@@ -47,7 +52,8 @@ class Subspace:
             One eigendecomposition of a ``(D, D)`` matrix; for large ``D`` one of ``(n, n)``.
         """
         negation.space.require(safe.space)
-        points = torch.cat([negation.latents, safe.latents]).flatten(1).double()
+        sets = [negation, safe] if isinstance(negation, NegationSet) else [safe]
+        points = torch.cat([each.latents for each in sets]).flatten(1).double()
         most = min(points.shape)
         if not 1 <= components <= most:
             raise InvalidInput(f"Subspace: expected 1 <= components <= {most}, got {components}")
@@ -59,7 +65,8 @@ class Subspace:
             latents = ((items.latents.flatten(1).double() - mean) @ basis).float()
             return NegationSet(latents=latents, weights=items.weights, ids=items.ids, labels=items.labels, space=space)
 
-        return cls(mean=mean.float(), basis=basis.float(), unsafe=projected(negation), safe=projected(safe))
+        unsafe = projected(negation) if isinstance(negation, NegationSet) else negation.projected(mean, basis, space)
+        return cls(mean=mean.float(), basis=basis.float(), unsafe=unsafe, safe=projected(safe))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Components of ``(batch, *shape)``: ``(batch, k)``, float32 at least."""

@@ -174,7 +174,7 @@ class TwoSample(Weight):
                 "TwoSample: expected a safe reference set with at least one item, got an empty one, against which "
                 "everything is unsafe; add what the model should go on drawing"
             )
-        if self.subspace is not None and self.subspace.unsafe.ids != getattr(negation, "ids", ()):
+        if self.subspace is not None and _names(self.subspace.unsafe) != _names(negation):
             raise UnsoundCombination(
                 "TwoSample: the subspace was made from another negation set than the guard's; make it from this one: "
                 "Subspace.principal(negation, safe, components)"
@@ -297,6 +297,11 @@ def require_fixed(name: str, negation: References) -> None:
             "the model has seen were made once, and would know nothing of an item added later. Give store.snapshot() "
             "and build the guard again after a change, or use TwoSample, Dynamic or SPELL, which follow"
         )
+
+
+def _names(references: References) -> tuple[str, ...]:
+    """What tells one set from another: its ids; of a form without items, its labels."""
+    return getattr(references, "ids", references.labels)
 
 
 def logit(p: float) -> float:

@@ -184,6 +184,26 @@ class NegationStatistics:
         mean = (mean / total[:, None]).to(torch.float64 if x_t.dtype == torch.float64 else torch.float32)
         return Posterior(mean.reshape(x_t.shape), top + total.log())
 
+    def projected(self, centre: Tensor, basis: Tensor, space: Space) -> "NegationStatistics":
+        r"""The same mixture seen through :math:`\phi(x) = B^\top (x - m)`: again a mixture of this form, exactly.
+
+        Args:
+            centre: :math:`m`, ``(D,)``.
+            basis: :math:`B`, orthonormal columns, ``(D, c)``.
+            space: Where the components live, of shape ``(c,)``.
+        """
+        centre, basis = centre.double(), basis.double()
+        means = (self.means.flatten(1).double() - centre) @ basis
+        rank = min(self.rank, basis.shape[1])
+        directions = means.new_zeros(len(self), rank, basis.shape[1])
+        variances = means.new_zeros(len(self), rank)
+        for k in range(len(self)):
+            scaled = self.variances[k].double().sqrt()[:, None] * (self.basis[k].flatten(1).double() @ basis)
+            _, singular, right = torch.linalg.svd(scaled, full_matrices=False)
+            real = singular > 1e-6 * singular.max() if rank else singular > 0
+            directions[k], variances[k] = right * real[:, None], singular.square() * real
+        return replace(self, means=means.float(), basis=directions.float(), variances=variances.float(), space=space)
+
     def at(self, state: "DenoiseState") -> "NegationStatistics":
         """Itself: statistics do not change while a trajectory runs."""
         return self
