@@ -20,6 +20,7 @@ from steerclear.negation.bulk.entries import MAX_TEXT, Entry
 from steerclear.negation.images import MAX_BYTES, Unusable
 
 ROWS, INFO_ROWS = 16, 1024
+_DAMAGE = (OSError, UnicodeError, pa.ArrowException)
 Array: TypeAlias = Any  # pyarrow's, which have no types
 _TEXTS = ("id", "label", "licence", "license", "path", "image.path", "bytes.path")
 _BYTES = ("image", "image.bytes", "bytes", "bytes.bytes")
@@ -88,10 +89,11 @@ class Rows:
         try:
             while self._broken is None and entry.offset >= self._stop:
                 self._batch = next(self._batches)
+                self._batch.validate(full=True)  # indices of a damaged dictionary may point anywhere
                 self._first, self._stop = self._stop, self._stop + self._batch.num_rows
         except StopIteration:
             self._broken = self._stop, "fewer rows than the file says"
-        except (OSError, pa.ArrowException) as error:
+        except _DAMAGE as error:
             self._broken = self._stop, f"corrupt Parquet: {error}"[:200]
         if self._broken is not None and entry.offset >= self._broken[0]:
             raise Unusable(self._broken[1])
@@ -103,7 +105,7 @@ class Rows:
             parquet = _parquet(Path(entry.file))
             columns = [name for name in (*_BYTES, "image.path", "bytes.path", "path") if name in _columns(parquet)]
             self._batches = parquet.iter_batches(ROWS, row_groups=[entry.group], columns=columns, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+        except _DAMAGE as error:
             self._broken = 0, f"corrupt Parquet: {error}"[:200]
 
     def _picture(self, entry: Entry, row: int) -> bytes | Path:
@@ -155,7 +157,7 @@ def _at(entry: Entry, root: Path, path: str) -> Entry:
 def _opened(file: Path) -> Generator[Any]:
     try:
         yield _parquet(file)
-    except (OSError, pa.ArrowException) as error:
+    except _DAMAGE as error:
         raise NegationFileError(
             f"{file}: expected a whole Parquet file, got {error}; fetch it again, or leave it out"
         ) from error
@@ -180,6 +182,7 @@ def _values(parquet: Any, file: Path, group: int, texts: list[str], rows: int) -
         yield from ({} for _ in range(rows))
         return
     for batch in parquet.iter_batches(INFO_ROWS, row_groups=[group], columns=texts, use_threads=False):
+        batch.validate(full=True)
         columns: dict[str, list[str]] = {}
         for name in texts:
             top, _, leaf = name.partition(".")
