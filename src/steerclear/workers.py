@@ -58,6 +58,14 @@ class Shard:
         return range(start, stop)
 
 
+def own_device() -> str:
+    """A GPU if there is one: under torchrun, the one of this rank (``LOCAL_RANK``)."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{rank}" if rank.isdecimal() else "cuda"
+
+
 @contextmanager
 def threads(count: int) -> Generator[None]:
     """While it is open, torch uses ``count`` threads: sums of floating numbers depend on how many there are."""

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import platform
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from steerclear.evaluate.store import RunFolder, part_description
 from steerclear.evaluate.task import Arm, Judge, Task, Unit
 from steerclear.files import write_atomic
 from steerclear.guards.base import Guard
-from steerclear.workers import threads
+from steerclear.workers import own_device, threads
 
 FORMAT = 1
 Load = Callable[[], Any]
@@ -259,11 +258,3 @@ def load_model(name: str) -> Any:  # noqa: ANN401  (some diffusers pipeline)
     pipe = zoo.load(name).to(own_device())
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def own_device() -> str:
-    """A GPU if there is one: under torchrun, the one of this rank (``LOCAL_RANK``)."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    rank = os.environ.get("LOCAL_RANK", "")
-    return f"cuda:{rank}" if rank.isdecimal() else "cuda"

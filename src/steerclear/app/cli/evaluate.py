@@ -122,8 +122,8 @@ def _draw(task: Any, out: Path, rest: dict[str, Any]) -> int:  # noqa: ANN401  (
 
     from steerclear.evaluate import Shard
     from steerclear.evaluate import evaluate as fill
-    from steerclear.evaluate.run import own_device
     from steerclear.evaluate.store import RunFolder
+    from steerclear.workers import own_device
 
     shard = Shard.from_environment()
     mine = [task.units[index] for index in shard.of(len(task.units))]

@@ -21,6 +21,18 @@ from steerclear.negation.store import SUFFIX, NegationStore
 BATCH = 1024  # items that go into a store at a time
 
 
+class Notes(NamedTuple):
+    """What a store notes beside each picture.
+
+    Args:
+        provenance: One text for all; ``None`` for the place of each.
+        licence: Of those that come without a note of their own.
+    """
+
+    provenance: str | None = None
+    licence: str = ""
+
+
 class Item(NamedTuple):
     """One picture of the set to be."""
 
@@ -54,7 +66,9 @@ def check(out: Path, chunks: Sequence[Chunk]) -> None:
         )
 
 
-def write(out: Path, folder: Path, chunks: Sequence[Chunk], made: dict[int, str]) -> tuple[int, tuple[Skip, ...]]:
+def write(
+    out: Path, folder: Path, chunks: Sequence[Chunk], made: dict[int, str], notes: Notes
+) -> tuple[int, tuple[Skip, ...]]:
     """Writes the set; returns the number of its items, and what was left out.
 
     Args:
@@ -62,6 +76,7 @@ def write(out: Path, folder: Path, chunks: Sequence[Chunk], made: dict[int, str]
         folder: Of the build.
         chunks: Of the source.
         made: The part of each chunk.
+        notes: For a store.
 
     Raises:
         SteerclearError: If a part is missing or damaged.
@@ -71,7 +86,7 @@ def write(out: Path, folder: Path, chunks: Sequence[Chunk], made: dict[int, str]
     skipped: list[Skip] = []
     items = _items(folder, chunks, made, skipped)
     try:
-        number = _into_store(out, items) if out.suffix == SUFFIX else _into_file(out, items)
+        number = _into_store(out, items, notes) if out.suffix == SUFFIX else _into_file(out, items)
     except OSError as error:
         raise NegationFileError(f"{out}: expected a place that may be written, got {error.strerror}") from error
     if number:
@@ -107,7 +122,7 @@ def _into_file(out: Path, items: Iterator[Item]) -> int:
     return len(listed)
 
 
-def _into_store(out: Path, items: Iterator[Item]) -> int:
+def _into_store(out: Path, items: Iterator[Item], notes: Notes) -> int:
     """A store under a hidden name, renamed when it is whole."""
     draft = out.parent / f".{out.name}.building"
     shutil.rmtree(draft, ignore_errors=True)
@@ -117,8 +132,8 @@ def _into_store(out: Path, items: Iterator[Item]) -> int:
             store = store or NegationStore.create(draft, batch[0].space)
             store.add(
                 _set(batch),
-                provenance=[item.source for item in batch],
-                licence=[item.licence for item in batch],
+                provenance=[item.source if notes.provenance is None else notes.provenance for item in batch],
+                licence=[item.licence or notes.licence for item in batch],
             )
             number += len(batch)
         if store is not None:

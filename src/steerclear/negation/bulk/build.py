@@ -73,6 +73,8 @@ def build_many(
     *,
     load: Load | None = None,
     label: str | None = None,
+    provenance: str | None = None,
+    licence: str = "",
     root: Place | None = None,
     workers: int = 1,
     ray: bool = False,
@@ -95,6 +97,8 @@ def build_many(
         load: Returns it, once per worker; with several workers a module-level function or a partial of one, and the
             script needs ``if __name__ == "__main__":``.
         label: One for all; by default the name of each picture's folder, or what the shard says.
+        provenance: What a store notes about where the pictures are from; by default each one's place.
+        licence: What a store notes about those that come without a note of their own.
         root: Folder of the paths in Parquet files; by default each file's own.
         workers: Processes, or actors of Ray Data.
         ray: Use Ray Data (``pip install 'steerclear[ray]'``).
@@ -122,7 +126,7 @@ def build_many(
     target, shard = Path(out), shard or own_shard()
     chunks = tuple(cut(sources.entries(source, label=label, root=root)))
     assemble.check(target, chunks)
-    folder = target.parent / f"{target.name}.build"
+    folder, notes = target.parent / f"{target.name}.build", assemble.Notes(provenance, licence)
     mine = [(index, chunks[index]) for index in shard.span(len(chunks))]
     job = partial(Worker, folder.absolute(), load or (lambda: encoder), None if root is None else Path(root).absolute())
     total = sum(len(chunk) for _, chunk in mine)
@@ -135,7 +139,7 @@ def build_many(
         found = {one.number: one.part for one in made}
         if shard.count > 1:
             found = _all_ranks(Board(folder, digest(chunks), shard.count), shard, found, timeout, bar)
-    items, skipped = (0, ()) if shard.index else assemble.write(target, folder, chunks, found)
+    items, skipped = (0, ()) if shard.index else assemble.write(target, folder, chunks, found, notes)
     if not shard.index:
         _sweep(folder, set(found.values()) if keep else set())
     return Built(
