@@ -304,6 +304,8 @@ def test_tables_of_all_kinds(tmp_path):
     assert read(entries(one)) == [PICTURE, "neither bytes nor a path"]
     assert entries(one)[1].source == f"{one}: row 1"
     assert read(entries(two)) == [PICTURE]
+    four = table(tmp_path / "4.parquet", [{"image": {"bytes": PICTURE, "path": None}, "label": None}])
+    assert [(e.id, e.label) for e in entries(four)] == [("4/000000", "")]
     assert [(e.id, e.label, e.licence) for e in entries(three, root=folder)] == [("a.png", "1.5", "CC0")]
     assert read(entries(three, root=folder), folder) == [PICTURE]
     assert read(entries(three)) == ["No such file or directory: 'a.png'"]

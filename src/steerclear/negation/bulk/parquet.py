@@ -23,6 +23,7 @@ ROWS, INFO_ROWS = 16, 1024
 _DAMAGE = (OSError, UnicodeError, pa.ArrowException)
 Array: TypeAlias = Any  # pyarrow's, which have no types
 _TEXTS = ("id", "label", "licence", "license", "path", "image.path", "bytes.path")
+_NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 _BYTES = ("image", "image.bytes", "bytes", "bytes.bytes")
 
 
@@ -198,7 +199,7 @@ def _strings(column: Array, where: str) -> list[str]:
         longest = pc.call_function("max", [lengths]).as_py() or 0
         if longest > 4 * MAX_TEXT:
             raise NegationFileError(f"{where}: expected texts of at most {MAX_TEXT} characters, got {longest} bytes")
-    elif not (pa.types.is_integer(words.type) or pa.types.is_floating(words.type) or pa.types.is_boolean(words.type)):
+    elif not any(test(words.type) for test in _NUMBERS):
         raise InvalidInput(f"{where}: expected texts or numbers, got {words.type}; rename or remove the column")
     values = column.to_pylist()
     return ["" if v is None else v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in values]
