@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from steerclear import zoo
 from steerclear.app.files import sha256
-from steerclear.errors import InvalidInput, NegationFileError
+from steerclear.app.negation import digest, followed
+from steerclear.errors import InvalidInput
 
 if TYPE_CHECKING:
     from steerclear.attach import PromptGuard
@@ -27,8 +28,8 @@ class GuardChoice:
         kinds: Applied one after the other; none picks what the rest needs. For policies those of
             :mod:`steerclear.app.arms` that take policies, for own sets those of :data:`OWN`.
         policies: Names of shipped policies.
-        negations: Files of own negation sets.
-        safe: File of a safe reference set for them.
+        negations: Own negation sets: files, or stores, which the guard follows.
+        safe: A safe reference set for them, likewise.
         strength: In place of the default.
         bandwidth: Kernel width for own sets, in latent units; ``None`` is the step's own noise level.
         prior: Unsafe share of what the model would draw, for own sets.
@@ -93,8 +94,8 @@ class GuardChoice:
         return {
             "kinds": list(self.kinds),
             "policies": {name: _digest_of_policy(name) for name in self.policies},
-            "negations": [_digest(path) for path in self.negations],
-            "safe": None if self.safe is None else _digest(self.safe),
+            "negations": [digest(path) for path in self.negations],
+            "safe": None if self.safe is None else digest(self.safe),
             "strength": self.strength,
             "bandwidth": self.bandwidth,
             "prior": self.prior,
@@ -165,9 +166,8 @@ def _takes(make: Callable[..., Any]) -> tuple[str, ...]:
 def _own(kind: str, path: Path, choice: GuardChoice) -> "Guard":
     """A guard over the user's own negation set."""
     from steerclear.guards import Dynamic, SafeDenoiser, TwoSample
-    from steerclear.negation import NegationSet
 
-    negation = NegationSet.load(path)
+    negation = followed(path)
     if kind == "published":
         scale = {} if choice.strength is None else {"scale": choice.strength}
         return SafeDenoiser.published(negation, **scale)
@@ -183,17 +183,8 @@ def _own(kind: str, path: Path, choice: GuardChoice) -> "Guard":
             "(steerclear negate build makes one), or use --guard dynamic with a sampler that adds noise"
         )
     prior = 0.5 if choice.prior is None else choice.prior
-    weight = TwoSample(safe=NegationSet.load(choice.safe), prior=prior, bandwidth=choice.bandwidth)
+    weight = TwoSample(safe=followed(choice.safe), prior=prior, bandwidth=choice.bandwidth)
     return SafeDenoiser(negation=negation, weight=weight, strength=strength)
-
-
-def _digest(path: Path) -> str:
-    try:
-        return "sha256:" + sha256(path.read_bytes())
-    except OSError as error:
-        raise NegationFileError(
-            f"{path}: expected a negation set, got {error.strerror}; make one with: steerclear negate build"
-        ) from error
 
 
 def _digest_of_policy(name: str) -> str:

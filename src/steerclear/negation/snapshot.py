@@ -63,38 +63,56 @@ class Snapshot:
         """Shape of one item."""
         return self.space.shape
 
-    @cached_property
+    @property
     def rows(self) -> Tensor:
         """Numbers of the live rows, ascending."""
-        return self.point_weights.nonzero().flatten()
+        return self._rows
 
-    @cached_property
+    @property
     def ids(self) -> tuple[str, ...]:
         """Of the live items, in the order of their rows."""
-        return self._live(self.columns.ids)
+        return self._ids
 
-    @cached_property
+    @property
     def labels(self) -> tuple[str, ...]:
         """Of the live items."""
-        return self._live(self.columns.labels)
+        return self._labels
 
-    @cached_property
+    @property
     def digests(self) -> tuple[str, ...]:
         """Of the live items."""
-        return self._live(self.columns.digests)
+        return self._digests
 
-    @cached_property
+    @property
     def latents(self) -> Tensor:
         """The live items alone, ``(n, *shape)``: the mapped memory itself if no row before the last was removed."""
-        rows = self.rows
-        if len(rows) == self._end:
-            return self.points[: self._end]
-        return self.points[rows]
+        return self._latents
 
-    @cached_property
+    @property
     def weights(self) -> Tensor:
         """Of the live items, ``(n,)``."""
         return self.point_weights[self.rows]
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return self.point_weights.nonzero().flatten()
+
+    @cached_property
+    def _ids(self) -> tuple[str, ...]:
+        return self._live(self.columns.ids)
+
+    @cached_property
+    def _labels(self) -> tuple[str, ...]:
+        return self._live(self.columns.labels)
+
+    @cached_property
+    def _digests(self) -> tuple[str, ...]:
+        return self._live(self.columns.digests)
+
+    @cached_property
+    def _latents(self) -> Tensor:
+        rows = self.rows
+        return self.points[: self._end] if len(rows) == self._end else self.points[rows]
 
     @cached_property
     def _end(self) -> int:

@@ -36,8 +36,8 @@ scheduler that adds noise, such as ddpm or euler_ancestral."""
 @click.option(
     "--policy", "policies", multiple=True, metavar="NAME", help="Shipped policy to steer away from; repeatable."
 )
-@click.option("--negation", "negations", multiple=True, type=options.FILE, help="Own negation set; repeatable.")
-@click.option("--safe", type=options.FILE, help="Safe reference set for --negation.")
+@click.option("--negation", "negations", multiple=True, type=options.SET, help="Own negation set; repeatable.")
+@click.option("--safe", type=options.SET, help="Safe reference set for --negation.")
 @click.option(
     "--guard",
     "kinds",

@@ -11,6 +11,8 @@ import click
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 FILE = click.Path(dir_okay=False, path_type=Path)
+SET = click.Path(path_type=Path)
+"""A negation set: a file, or the folder of a store."""
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
