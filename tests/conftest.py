@@ -14,6 +14,15 @@ torch.set_num_threads(1)
 settings.register_profile(
     "steerclear", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
+# For long runs:  python -m pytest tests/test_fuzz_negation.py --hypothesis-profile=fuzz
+settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=20_000,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile("steerclear")
 
 

@@ -287,6 +287,6 @@ def translated(folder: Path) -> Generator[None]:
 def damaged(path: Path, got: str, expected: str = "a negation store that can be read and written") -> NegationFileError:
     """The error for a store that is not what it should be."""
     return NegationFileError(
-        f"{path}: expected {expected}, got {got}; check space and permissions, restore it from a copy, or import the "
+        f"{path}: expected {expected}, got {got[:500]}; check space and permissions, restore it from a copy, or import the "
         "single file that it was exported to"
     )

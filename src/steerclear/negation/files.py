@@ -29,6 +29,7 @@ from steerclear.negation.space import Space
 FORMAT, VERSION = "steerclear.negation", "1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TEXT = 1 << 20  # characters of JSON of an unknown form, such as a space: what it takes in memory is bounded
+LONGEST = 500  # characters of a message that somebody else's file may have written
 _CODES = {"F16", "BF16", "F32"}
 _SIGNED = ("format", "version", "space", "items")
 
@@ -102,6 +103,16 @@ def read(path: Path, *, mapped: bool = False) -> Stored:
         return _parse(file, mapped)
 
 
+def format_of(path: Path) -> str | None:
+    """What a safetensors file says that it is, unchecked.
+
+    Raises:
+        NegationFileError: If it is no such file.
+    """
+    with opened(path) as file:
+        return file.metadata.get("format")
+
+
 @contextmanager
 def opened(path: Path, written: str = "a negation set written by NegationSet.save") -> Generator[TensorFile]:
     """An open file; whatever goes wrong with it becomes one kind of error.
@@ -119,7 +130,8 @@ def opened(path: Path, written: str = "a negation set written by NegationSet.sav
     except (InvalidInput, Malformed) as error:
         expected = getattr(error, "expected", None) or written
         raise NegationFileError(
-            f"{path}: expected {expected}, got {error}; restore the file from a copy, or encode the pictures again"
+            f"{path}: expected {expected}, got {str(error)[:LONGEST]}; "
+            "restore the file from a copy, or encode the pictures again"
         ) from error
     except (OSError, ValueError) as error:
         raise NegationFileError(
