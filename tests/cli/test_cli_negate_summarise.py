@@ -56,12 +56,12 @@ def test_one_label_for_all(steerclear, bad, tmp_path):
 )
 def test_what_cannot_be_summarised_is_refused_and_nothing_is_written(steerclear, bad, tmp_path, words, said):
     file = tmp_path / "statistics.safetensors"
-    assert said in steerclear("negate", "summarise", bad, "-o", file, *words, code=1).stderr
+    assert said in steerclear("negate", "summarise", bad, "-o", file, *words, code=2).stderr
     assert not file.exists()
 
 
 def test_statistics_have_no_items_to_show_and_one_hash(steerclear, bad, tmp_path):
     file = tmp_path / "statistics.safetensors"
     steerclear("negate", "summarise", bad, "-o", file, "--label", "weapons")
-    assert "keep none" in steerclear("negate", "inspect", file, "--items", code=1).stderr
+    assert "keep none" in steerclear("negate", "inspect", file, "--items", code=2).stderr
     assert "expected sha256 00" in steerclear("negate", "verify", file, "--sha256", "00", code=1).stderr
