@@ -2,6 +2,7 @@
 
 from steerclear.negation.encoder import Encoder, encoder_of
 from steerclear.negation.images import Skip, find_images
+from steerclear.negation.index import Certified, IndexedSet
 from steerclear.negation.live import LiveSet
 from steerclear.negation.posterior import Posterior
 from steerclear.negation.references import Items, References
@@ -12,7 +13,9 @@ from steerclear.negation.statistics import NegationStatistics
 from steerclear.negation.store import NegationStore, StoreReport
 
 __all__ = [
+    "Certified",
     "Encoder",
+    "IndexedSet",
     "Items",
     "LiveSet",
     "NegationSet",

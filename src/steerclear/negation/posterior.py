@@ -68,22 +68,29 @@ def posterior(
         On a CPU with ``steerclear[fast]`` compiled kernels do it (:mod:`steerclear.negation.fused`), else tensor
         operations; ``benchmarks/posterior.py`` has both.
     """
-    wide = _accumulator(x_t.device)
     work = torch.float64 if x_t.dtype == torch.float64 else torch.float32
-    x, y = x_t.flatten(1), points.flatten(1)
-    alpha, sigma = (_column(v, x, wide) for v in (level.alpha, level.sigma))
-    sigma = sigma.clamp(min=SIGMA_FLOOR)
-    # Dividing by max(sigma, 1) first keeps the squares finite in float32 for every sigma that float32 can hold.
-    unit = sigma.clamp(min=1.0)
-    x, alpha, precision = x.to(wide) / unit, alpha / unit, (unit / sigma).square() / 2
-    w = weights.to(x.device, wide)
+    x, alpha, precision, constant = scaled(x_t, level)
+    w = weights.to(x)
     log_weights = (w / w.sum()).log()
     known = isinstance(level.sigma, float | int) and level.sigma >= EXPAND_FROM
     expand = known and x.device.type == "cpu" and work is torch.float32
     sums = _operator if torch.compiler.is_compiling() else _sums
-    mean, total = sums(x if expand else x.to(work), y, alpha, precision, log_weights, expand, block)
-    constant = x.shape[1] * (math.log(2 * math.pi) / 2 + sigma.log().squeeze(1))
+    mean, total = sums(x if expand else x.to(work), points.flatten(1), alpha, precision, log_weights, expand, block)
     return Posterior(mean.to(work).reshape(x_t.shape), total - constant)
+
+
+def scaled(x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""The kernel's exponent as :math:`-p \lVert x - a y\rVert^2`: ``x (batch, D)``, ``a`` and ``p (batch, 1)``, and
+    :math:`\tfrac D2 \log(2\pi\sigma^2)`, ``(batch,)``.
+
+    Everything is divided by max(sigma, 1) first, which keeps squares finite in float32 for every sigma it can hold.
+    """
+    x, wide = x_t.flatten(1), _accumulator(x_t.device)
+    alpha, sigma = (_column(v, x, wide) for v in (level.alpha, level.sigma))
+    sigma = sigma.clamp(min=SIGMA_FLOOR)
+    unit = sigma.clamp(min=1.0)
+    constant = x.shape[1] * (math.log(2 * math.pi) / 2 + sigma.log().squeeze(1))
+    return x.to(wide) / unit, alpha / unit, (unit / sigma).square() / 2, constant
 
 
 def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int | None = None, fast: bool = False) -> Tensor:

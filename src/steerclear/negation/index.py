@@ -1,0 +1,133 @@
+r"""The posterior of a big set without reading all of it, within a tolerance that is checked at every call."""
+
+import math
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steerclear.errors import InvalidInput, MissingExtra, NegationMismatch
+from steerclear.negation.partition import Partition
+from steerclear.negation.posterior import Posterior, scaled
+from steerclear.negation.space import Space
+from steerclear.noise import NoiseLevel
+
+if TYPE_CHECKING:
+    from steerclear.denoise import DenoiseState
+    from steerclear.negation.sets import NegationSet
+
+
+class Certified(NamedTuple):
+    """A posterior and how far it may be from the exact one.
+
+    Args:
+        posterior: As :func:`~steerclear.negation.posterior.posterior` returns it.
+        evidence_error: Largest absolute error of the log-evidence in nats, ``(batch,)``.
+        mean_error: Largest norm of the mean's error, in units of the root mean square norm of the items, ``(batch,)``.
+        rows: Rows that were read, ``(batch,)``.
+        proven: Whether the errors are a proof (or the result exact), ``(batch,)``; else they hold with the probability
+            of :data:`~steerclear.negation.bounds.DEVIATIONS` standard errors.
+    """
+
+    posterior: Posterior
+    evidence_error: Tensor
+    mean_error: Tensor
+    rows: Tensor
+    proven: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IndexedSet:
+    """A negation set behind an index: takes its place in every guard that asks for posteriors.
+
+    Args:
+        space: Where the items live.
+        labels, digests, ids: As of the :class:`NegationSet`.
+        partition: Its rows in clusters.
+        tolerance: Of the log-evidence in nats, and of the mean in units of the items' root mean square norm, > 0.
+
+    Raises:
+        InvalidInput: For a tolerance that is not positive.
+        MissingExtra: Without Numba (``pip install 'steerclear[fast]'``).
+
+    Cost:
+        A look at all ``M`` clusters, in 64 dimensions or at much noise in all ``D``, per sample, and the rows that are
+        read; memory: one copy of the rows. On the host: samples of an accelerator are brought there and back.
+        On an accelerator that holds the set, a :class:`NegationSet` is faster.
+    """
+
+    space: Space
+    labels: tuple[str, ...]
+    digests: tuple[str, ...]
+    ids: tuple[str, ...]
+    partition: Partition = field(repr=False)
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.tolerance < math.inf:
+            raise InvalidInput(f"IndexedSet: expected a tolerance > 0, got {self.tolerance}")
+        if find_spec("numba") is None:
+            raise MissingExtra(
+                "IndexedSet: expected Numba, which reads rows by name; run: pip install 'steerclear[fast]'"
+            )
+
+    @classmethod
+    def of(cls, negation: "NegationSet", *, tolerance: float = 1e-3, **partition: Any) -> "IndexedSet":  # noqa: ANN401
+        """Cut a set into clusters.
+
+        Args:
+            negation: The set; its latents are copied once, in their precision.
+            tolerance: See above.
+            partition: ``clusters``, ``reach``, ``seed``, ``progress`` of :meth:`Partition.of`.
+        """
+        rows = negation.latents.detach().cpu().flatten(1)
+        return cls(
+            space=negation.space,
+            labels=negation.labels,
+            digests=negation.digests,
+            ids=negation.ids,
+            partition=Partition.of(rows, negation.weights.cpu(), **partition),
+            tolerance=tolerance,
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"IndexedSet({len(self)} items in {len(self.partition)} clusters of {self.space})"
+
+    def at(self, state: "DenoiseState") -> "IndexedSet":
+        """Itself: it never changes."""
+        return self
+
+    def posterior(self, x_t: Tensor, level: NoiseLevel) -> Posterior:
+        """Posterior mean and log-evidence within the tolerance.
+
+        Raises:
+            NegationMismatch: If ``x_t`` is not ``(batch, *shape)``.
+        """
+        return self.certified(x_t, level).posterior
+
+    def certified(self, x_t: Tensor, level: NoiseLevel) -> Certified:
+        """The posterior with its bounds; arguments and errors as for :meth:`posterior`."""
+        if tuple(x_t.shape[1:]) != self.space.shape:
+            raise NegationMismatch(
+                f"expected samples of shape (batch, {', '.join(map(str, self.space.shape))}), got {tuple(x_t.shape)}; "
+                "encode the pictures again for this pipeline at this size: NegationSet.encode(images, pipe)"
+            )
+        from steerclear.negation.bounds import look  # it needs Numba
+
+        x, alpha, precision, constant = scaled(x_t.detach().cpu(), level)
+        narrow = x.float()
+        found = [
+            look(self.partition, narrow[b : b + 1], float(alpha[b]), float(precision[b]), self.tolerance)
+            for b in range(len(narrow))
+        ]
+        mean = torch.stack([torch.from_numpy(each.mean) for each in found]) if found else narrow
+        work = torch.float64 if x_t.dtype == torch.float64 else torch.float32
+        evidence = torch.tensor([each.log_evidence for each in found], dtype=torch.float64) - constant
+        numbers = [torch.tensor([each[i] for each in found], device=x_t.device) for i in range(2, 6)]
+        posterior = Posterior(mean.to(x_t.device, work).reshape(x_t.shape), evidence.to(x_t.device))
+        return Certified(posterior, *numbers)

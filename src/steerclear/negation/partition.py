@@ -1,0 +1,279 @@
+r"""A big set cut into clusters of near-duplicates, with what bounds need to know of each.
+
+Rows are put in the order of their clusters, so that a cluster is read in one go. Of cluster :math:`C` with weights
+:math:`w` and members :math:`y = c + u`, means over the weights:
+
+=============  ===============================================================================================
+``centroid``   :math:`c`, so that :math:`E_C[u] = 0`
+``log_mass``   :math:`\log \sum_C w / \sum w`
+``spread``     :math:`v = E_C\lVert u\rVert^2`
+``radius``     :math:`\max_C \lVert u\rVert`
+``widest``     :math:`\lambda`, the largest eigenvalue of :math:`E_C[u u^\top]`: variance along any one direction
+``unevenness`` :math:`\kappa`, the standard deviation of :math:`\lVert u\rVert^2`
+=============  ===============================================================================================
+
+Within a cluster rows are in random order, so that its first ``m`` are a sample of it, for every ``m``.
+
+Centres are chosen by leaders: a row that is further than ``reach`` from every centre so far becomes one. That bounds
+radii directly, needs one pass over a sample, and finds copies of one picture however unequal their numbers are.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from steerclear.errors import InvalidInput
+
+COMPONENTS = 64
+SAMPLE = 1 << 16
+BLOCK = 1 << 14
+#: Beyond that many members and dimensions an eigenvalue costs too much: the trace bounds it, too.
+LARGEST = 2048
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Partition:
+    """See the module's docstring; ``M`` clusters, ``n`` rows of ``D`` dimensions.
+
+    Args:
+        rows: ``(n, D)``, in their stored precision, cluster by cluster.
+        log_weights: ``(n,)``, of the normalised weights, in the same order.
+        offset: Distance of every row from its centroid, ``(n,)``, float32.
+        order: Where each row was before, ``(n,)``.
+        starts: First row of every cluster and the end of the last, ``(M + 1,)``.
+        centroid: ``(M, D)``, float32.
+        log_mass, spread, radius, widest, unevenness: ``(M,)``, float64.
+        mean: Of all rows, ``(D,)``.
+        basis: Orthonormal directions of largest variance, ``(D, k)``.
+        seen: Centroids along them, ``(M, k)``.
+        unseen: Norm of what they miss of each centroid, ``(M,)``.
+        scale: Root mean square norm of the rows.
+    """
+
+    rows: Tensor
+    log_weights: Tensor
+    offset: Tensor
+    order: Tensor
+    starts: Tensor
+    centroid: Tensor
+    log_mass: Tensor
+    spread: Tensor
+    radius: Tensor
+    widest: Tensor
+    unevenness: Tensor
+    basis: Tensor
+    seen: Tensor
+    unseen: Tensor
+    scale: float
+
+    @classmethod
+    def of(
+        cls,
+        rows: Tensor,
+        weights: Tensor,
+        *,
+        clusters: int | None = None,
+        reach: float | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> "Partition":
+        """Cut ``rows (n, D)`` with ``weights (n,)`` > 0.
+
+        Args:
+            rows: In any floating dtype, in memory or mapped.
+            weights: Positive.
+            clusters: At most so many; by default ``8 sqrt(n)``.
+            reach: Radius that a cluster should have; by default the smallest that this number of clusters can cover.
+            seed: Of the sample and of the order within clusters.
+            progress: Show a bar.
+
+        Cost:
+            A copy of the rows, and ``n · clusters · 64`` products to assign them.
+        """
+        n = len(rows)
+        if n == 0 or weights.shape != (n,) or not bool((weights > 0).all()):
+            raise InvalidInput(f"Partition: expected rows with positive weights, got {n} rows and {weights.shape}")
+        draw = torch.Generator().manual_seed(seed)
+        most = min(n, clusters or math.ceil(8 * math.sqrt(n)))
+        chosen = torch.randperm(n, generator=draw)[:SAMPLE].sort().values
+        sample = rows[chosen].float()
+        centre = sample.mean(0)
+        basis = _directions(sample - centre, min(COMPONENTS, n, rows.shape[1]))
+        few = (sample - centre) @ basis
+        leaders = few[_leaders(few, reach, most, draw)]
+        owner = _assign(rows, centre, basis, leaders, progress)
+        used, owner = owner.unique(return_inverse=True)
+        shuffled = torch.randperm(n, generator=draw)
+        order = shuffled[owner[shuffled].argsort(stable=True)]
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), owner.bincount(minlength=len(used)).cumsum(0)])
+        sorted_rows = _gathered(rows, order)
+        log_weights = (weights.double() / weights.double().sum()).log()[order]
+        moments, offset = _moments(sorted_rows, log_weights, starts, progress)
+        seen = moments["centroid"] @ basis
+        missed = moments["centroid"].double().square().sum(1) - seen.double().square().sum(1)
+        norms = torch.cat([part.float().square().sum(1) for part in sorted_rows.split(BLOCK)])
+        return cls(
+            rows=sorted_rows,
+            log_weights=log_weights,
+            offset=offset,
+            order=order,
+            starts=starts,
+            basis=basis,
+            seen=seen,
+            unseen=missed.clamp_min(0).sqrt(),
+            scale=float((norms.double() * log_weights.exp()).sum().sqrt()),
+            **moments,
+        )
+
+    def __len__(self) -> int:
+        return len(self.centroid)
+
+    @cached_property
+    def table(self) -> "Table":
+        """The clusters as arrays."""
+        return Table.of(self)
+
+
+class Table(NamedTuple):
+    """A partition as the arrays that :mod:`steerclear.negation.bounds` computes with; ``(M,)`` unless said otherwise.
+
+    Args:
+        rows, centroid: Cut into chunks for the kernels.
+        log_weights, offset: Of the rows.
+        seen_squared: Squared norms of the centroids along the leading directions.
+        unseen, log_mass, spread, radius, widest, unevenness: As of the partition.
+        norm: Of the centroids.
+        starts: ``(M + 1,)``.
+        count: Rows of each.
+        furthest: The largest norm of any row.
+    """
+
+    rows: Any
+    centroid: Any
+    log_weights: Any
+    offset: Any
+    seen_squared: Any
+    unseen: Any
+    log_mass: Any
+    spread: Any
+    radius: Any
+    widest: Any
+    unevenness: Any
+    norm: Any
+    starts: Any
+    count: Any
+    furthest: float
+
+    @classmethod
+    def of(cls, cut: Partition) -> "Table":
+        from steerclear.negation.fused import chunked  # it needs Numba, and cutting does not
+
+        norm = cut.centroid.double().norm(dim=1)
+        names = ("unseen", "log_mass", "spread", "radius", "widest", "unevenness")
+        return cls(
+            rows=chunked(cut.rows),
+            centroid=chunked(cut.centroid),
+            log_weights=cut.log_weights.numpy(),
+            offset=cut.offset.numpy(),
+            seen_squared=cut.seen.double().square().sum(1).numpy(),
+            norm=norm.numpy(),
+            starts=cut.starts.numpy(),
+            count=cut.starts.diff().numpy(),
+            furthest=float((norm + cut.radius).max()),
+            **{name: getattr(cut, name).double().numpy() for name in names},
+        )
+
+
+def _directions(centred: Tensor, count: int) -> Tensor:
+    """Orthonormal directions of largest variance, ``(D, count)``."""
+    basis: Tensor = torch.svd_lowrank(centred, q=min(count + 8, *centred.shape), niter=2)[2]
+    return torch.linalg.qr(basis[:, :count])[0]
+
+
+def _leaders(few: Tensor, reach: float | None, most: int, draw: torch.Generator) -> Tensor:
+    """Rows of the sample that are centres: at most ``most``, none within ``reach`` of another."""
+    order = torch.randperm(len(few), generator=draw)
+    if reach is not None:
+        return order[_within(few[order], reach, len(few))]
+    # The reach that gives about the number wanted, by bisection on a scale of distances.
+    low, high = 0.0, float((few - few.mean(0)).norm(dim=1).max()) * 2 + 1e-12
+    best = torch.arange(1)
+    for _ in range(12):
+        middle = (low + high) / 2
+        found = _within(few[order], middle, most + 1)
+        if len(found) > most:
+            low = middle
+        else:
+            best, high = found, middle
+            if len(found) > 0.8 * most:
+                break
+    return order[best]
+
+
+def _within(few: Tensor, reach: float, most: int) -> Tensor:
+    """Greedily, indices of rows that are further than ``reach`` from every one before; stops at ``most``."""
+    chosen: list[Tensor] = []
+    for start in range(0, len(few), 2048):
+        block = few[start : start + 2048]
+        fresh = torch.ones(len(block), dtype=torch.bool)
+        if chosen:
+            fresh = torch.cdist(block, few[torch.cat(chosen)]).amin(1) > reach
+        left = fresh.nonzero().flatten()
+        near = torch.cdist(block[left], block[left]) <= reach
+        taken: list[int] = []
+        covered = torch.zeros(len(left), dtype=torch.bool)
+        for i in range(len(left)):
+            if not covered[i]:
+                taken.append(i)
+                covered |= near[i]
+        chosen.append(start + left[taken])
+        if sum(map(len, chosen)) >= most:
+            break
+    return torch.cat(chosen)[:most]
+
+
+def _assign(rows: Tensor, centre: Tensor, basis: Tensor, leaders: Tensor, progress: bool) -> Tensor:
+    """The nearest leader of every row, as the leading directions see it."""
+    half = leaders.square().sum(1) / 2
+    owner: list[Tensor] = []
+    with tqdm(total=len(rows), desc="assign", unit="row", unit_scale=True, disable=not progress) as bar:
+        for part in rows.split(BLOCK):
+            few = (part.float() - centre) @ basis
+            owner.append((half - few @ leaders.T).argmin(1))
+            bar.update(len(part))
+    return torch.cat(owner)
+
+
+def _gathered(rows: Tensor, order: Tensor) -> Tensor:
+    return torch.cat([rows[part] for part in order.split(BLOCK)])
+
+
+def _moments(rows: Tensor, log_weights: Tensor, starts: Tensor, progress: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Every cluster's entries of the table above, and every row's distance from its centroid."""
+    found: list[tuple[Tensor, ...]] = []
+    offset = torch.empty(len(rows))
+    ends = starts.tolist()
+    bar = tqdm(list(pairwise(ends)), desc="measure", unit="cluster", disable=not progress)
+    for begin, end in bar:
+        members, log_w = rows[begin:end].float(), log_weights[begin:end]
+        log_mass = log_w.logsumexp(0)
+        share = (log_w - log_mass).exp()
+        centroid = (share.float() @ members).float()
+        u = members - centroid
+        squared = u.double().square().sum(1)
+        offset[begin:end] = squared.sqrt().float()
+        spread = (share * squared).sum()
+        uneven = (share * (squared - spread).square()).sum().sqrt()
+        scaled = u * share.sqrt().float()[:, None]
+        gram = scaled @ scaled.T if len(u) <= u.shape[1] else scaled.T @ scaled
+        # The largest column sum bounds the largest eigenvalue, where finding it would take long.
+        largest = torch.linalg.eigvalsh(gram)[-1] if len(gram) <= LARGEST else gram.abs().sum(1).max()
+        found.append((centroid, log_mass, spread, squared.max().sqrt(), largest.double() * (1 + 1e-5), uneven))
+    names = ("centroid", "log_mass", "spread", "radius", "widest", "unevenness")
+    return {name: torch.stack([each[i] for each in found]) for i, name in enumerate(names)}, offset
