@@ -143,7 +143,7 @@ def check_version(path: Path, metadata: Mapping[str, str], version: str) -> None
     """Raises NegationFileError for a file of another version."""
     if (found := metadata.get("version")) != version:
         raise NegationFileError(
-            f"{path}: expected file version {version}, got {found!r}; "
+            f"{path}: expected file version {version}, got {found and found[:40]!r}; "
             "load it with the release of steerclear that wrote it, or make it again"
         )
 

@@ -149,7 +149,7 @@ class NegationSet:
         try:
             return cls(**stored._asdict())
         except InvalidInput as error:
-            raise NegationFileError(f"{path}: expected a valid negation set, got: {error}") from error
+            raise NegationFileError(f"{path}: expected a valid negation set, got: {str(error)[:500]}") from error
 
     def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16) -> None:
         """Write one safetensors file, atomically; equal sets give equal bytes, on any machine.
