@@ -55,13 +55,14 @@ def only_stores(path: Path, rest: dict[str, Any]) -> None:
         )
 
 
-def report(path: Path, as_json: bool, skipped: "Iterable[Skip]" = ()) -> None:
-    """What a set holds now, and what was left out on the way."""
+def report(path: Path, as_json: bool, skipped: "Iterable[Skip]" = (), more: dict[str, Any] | None = None) -> None:
+    """What a set holds now, what was left out on the way, and in JSON what else the command has to say."""
     from steerclear.app import negation
 
     facts, left_out = negation.facts(path), list(skipped)
     if as_json:
-        options.emit({**facts, "skipped": [{"source": skip.source, "reason": skip.reason} for skip in left_out]})
+        listed = [{"source": skip.source, "reason": skip.reason} for skip in left_out]
+        options.emit({**facts, **(more or {}), "skipped": listed})
         return
     click.echo("\n".join(negation.spoken(facts)))
     for skip in left_out[:20]:
