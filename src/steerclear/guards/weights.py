@@ -179,7 +179,7 @@ class TwoSample(Weight):
                 "TwoSample: the subspace was made from another negation set than the guard's; make it from this one: "
                 "Subspace.principal(negation, safe, components)"
             )
-        shared = sorted(set(negation.digests) & set(self.safe.digests) - {""})
+        shared = sorted((set(self.safe.digests) - {""}).intersection(negation.digests))
         if shared:
             raise UnsoundCombination(
                 f"TwoSample: {len(shared)} pictures are in the negation set and in the safe set ({shared[0][:23]}…); "

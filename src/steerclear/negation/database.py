@@ -14,7 +14,7 @@ import json
 import math
 import sqlite3
 import stat
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -26,7 +26,7 @@ from steerclear.negation.space import Space
 
 FORMAT, VERSION, NAME = "steerclear.store", 1, "items.sqlite"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-LONGEST = {"id": 1024, "label": 1024, "digest": 256, "provenance": 4096, "licence": 4096}
+LONGEST = {"id": 1024, "label": 1024, "digest": 256, "provenance": 4096, "licence": 4096, "added": 64}
 SCHEMA = (
     "CREATE TABLE store (one INTEGER PRIMARY KEY CHECK (one = 1), format TEXT NOT NULL, version INTEGER NOT NULL, "
     "encoder TEXT NOT NULL, shape TEXT NOT NULL, name TEXT NOT NULL, dtype TEXT NOT NULL, "
@@ -39,7 +39,10 @@ SCHEMA = (
     "CREATE INDEX gone ON items (removed) WHERE removed IS NOT NULL",
 )
 SMALLEST = 48  # bytes that a record of an item takes at the very least
-LARGEST_VALUE = 1 << 20  # bytes of one value
+LARGEST = 1 << 16  # bytes of one record
+CHUNK = 512  # records read at a time
+_KINDS: dict[str, set[type]] = {"row": {int}, "weight": {float}, "sha256": {bytes}, "removed": {int, type(None)}}
+_LIGHTEST, _HEAVIEST = 2.0**-149, 2.0**128 - 2.0**104  # in float32
 
 
 class Head(NamedTuple):
@@ -93,9 +96,7 @@ class Item(NamedTuple):
     removed: int | None = None
 
 
-_COLUMNS = ", ".join(Item._fields)
-SELECT = f"SELECT {_COLUMNS} FROM items WHERE row >= ? ORDER BY row"  # noqa: S608 - of constants
-INSERT = f"INSERT INTO items ({_COLUMNS}) VALUES ({', '.join('?' * len(Item._fields))})"  # noqa: S608
+INSERT = f"INSERT INTO items VALUES ({', '.join('?' * len(Item._fields))})"  # noqa: S608 - as many as there are
 LIVE = {
     "id": "SELECT 1 FROM items WHERE id = ? AND removed IS NULL",
     "digest": "SELECT 1 FROM items WHERE digest = ? AND removed IS NULL AND digest <> ''",  # as the index has it
@@ -161,7 +162,7 @@ def _opened(path: Path, query: str, timeout: float) -> sqlite3.Connection:
 
 
 def _configured(connection: sqlite3.Connection, *, readonly: bool) -> sqlite3.Connection:
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_VALUE)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST)
     connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
     pragmas = ["trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0", "secure_delete = ON"]
     if not readonly:
@@ -219,35 +220,52 @@ def head_of(folder: Path, connection: sqlite3.Connection) -> Head:
     return Head(space, DTYPES[dtype], *cast("list[int]", numbers))
 
 
-def items(folder: Path, connection: sqlite3.Connection, head: Head, *, start: int = 0) -> Iterator[Item]:
-    """The rows from ``start`` on, in order and without a gap, removed ones included; every value is checked."""
+def items(folder: Path, connection: sqlite3.Connection, head: Head) -> Iterator[Item]:
+    """All rows in order, removed ones included; checked as :func:`columns` does."""
+    for some in columns(folder, connection, head, Item._fields):
+        yield from map(Item._make, zip(*some.values(), strict=True))
+
+
+def columns(
+    folder: Path, connection: sqlite3.Connection, head: Head, names: Sequence[str], start: int = 0
+) -> Iterator[dict[str, tuple[Any, ...]]]:
+    """The rows from ``start`` on, some at a time: fields of :class:`Item` by name, the first of them ``row``.
+
+    They come in order and without a gap, removed ones included, and every value is checked. Takes some megabytes at a
+    time, and in all no more text than the file has bytes.
+
+    Raises:
+        NegationFileError: At the first thing that is not as it should be.
+    """
     size = sum(path.stat().st_size for path in folder.glob(NAME + "*"))
     if head.rows * SMALLEST > size:
         raise damaged(folder, f"{head.rows} rows in {size} bytes")
-    expected = start
-    for values in connection.execute(SELECT, (start,)):
-        item = Item._make(values)
-        if item.row != expected or item.row >= head.rows or not _sane(item):
-            raise damaged(folder, f"row {item.row!r} in place of {expected}, or values of the wrong kind in it")
-        expected += 1
-        yield item
-    if expected != max(head.rows, start):
-        raise damaged(folder, f"{expected} rows", f"{head.rows}")
+    query = f"SELECT {', '.join(names)} FROM items WHERE row >= ? ORDER BY row"  # noqa: S608 - our own names
+    read, end = connection.execute(query, (start,)), start
+    while some := read.fetchmany(CHUNK):
+        begin, end = end, end + len(some)
+        found: dict[str, tuple[Any, ...]] = dict(zip(names, zip(*some, strict=True), strict=True))
+        if found["row"] != tuple(range(begin, end)) or end > head.rows or not all(map(_sane, found, found.values())):
+            raise damaged(folder, f"values of the wrong kind, or other rows, between {begin} and {end}")
+        size -= sum(sum(map(len, found[name])) for name in LONGEST if name in found)
+        if size < 0:
+            raise damaged(folder, "more text than it has bytes")
+        yield found
+    if end != max(head.rows, start):
+        raise damaged(folder, f"{end} rows", f"{head.rows}")
 
 
-def _sane(item: Item) -> bool:
-    texts = (item.id, item.label, item.digest, item.provenance, item.licence)
-    return (
-        all(isinstance(text, str) and len(text) <= most for text, most in zip(texts, LONGEST.values(), strict=True))
-        and item.id != ""
-        and isinstance(item.weight, float)
-        and 0.0 < item.weight < math.inf
-        and isinstance(item.added, str)
-        and len(item.added) <= 64
-        and isinstance(item.sha256, bytes)
-        and len(item.sha256) == 32
-        and (item.removed is None or (isinstance(item.removed, int) and item.removed > 0))
-    )
+def _sane(name: str, values: tuple[Any, ...]) -> bool:
+    """Whether a column holds what it should."""
+    if not set(map(type, values)) <= _KINDS.get(name, {str}):
+        return False
+    if name in LONGEST:
+        return max(map(len, values)) <= LONGEST[name] and (name != "id" or all(values))
+    if name == "weight":
+        return min(values) >= _LIGHTEST and max(values) <= _HEAVIEST
+    if name == "sha256":
+        return set(map(len, values)) == {32}
+    return name == "row" or all(value is None or value > 0 for value in values)
 
 
 def texts(name: str, value: str | Iterable[str], n: int) -> tuple[str, ...]:
@@ -287,6 +305,6 @@ def translated(folder: Path) -> Generator[None]:
 def damaged(path: Path, got: str, expected: str = "a negation store that can be read and written") -> NegationFileError:
     """The error for a store that is not what it should be."""
     return NegationFileError(
-        f"{path}: expected {expected}, got {got[:500]}; check space and permissions, restore it from a copy, or import the "
-        "single file that it was exported to"
+        f"{path}: expected {expected}, got {got[:500]}; check space and permissions, restore it from a copy, or import "
+        "the single file that it was exported to"
     )

@@ -20,6 +20,7 @@ from steerclear.noise import NoiseLevel
 if TYPE_CHECKING:
     from steerclear.denoise import DenoiseState
 
+READ = ("row", "id", "label", "weight", "digest", "removed")
 ATTEMPTS = 20  # to read while compactions replace the vectors that are about to be mapped
 
 
@@ -156,7 +157,7 @@ class Snapshot:
     def _live(self, column: list[str]) -> tuple[str, ...]:
         if len(self.rows) == len(self.point_weights):
             return tuple(column[: len(self.rows)])
-        return tuple(column[row] for row in self.rows.tolist())
+        return tuple(map(column.__getitem__, self.rows.tolist()))
 
 
 class Reader:
@@ -234,20 +235,21 @@ class Reader:
     def _rows(self, head: database.Head, known: Snapshot | None) -> tuple[Columns, Tensor]:
         """Ids, labels and digests by row, and weights, from what is known and what the log says since."""
         columns = Columns() if known is None else known.columns
-        start = len(columns.ids)
+        start = 0 if known is None else len(known.point_weights)
         # All values are checked before any is taken over: a failed look must leave what is known whole.
-        fresh = list(database.items(self.folder, self._connection, head, start=start))
+        fresh = list(database.columns(self.folder, self._connection, head, READ, start))
         weights = torch.zeros(head.rows)
         if known is not None:
             weights[:start] = known.point_weights
-            query = "SELECT row FROM items WHERE removed > ? AND row < ?"
-            gone = [row for (row,) in self._connection.execute(query, (known.change, start))]
+            query = "SELECT row FROM items WHERE removed > ? AND row BETWEEN 0 AND ?"
+            gone = [row for (row,) in self._connection.execute(query, (known.change, start - 1))]
             weights[torch.tensor(gone, dtype=torch.long)] = 0.0
-        live = [0.0 if item.removed is not None else item.weight for item in fresh]
-        weights[start:] = torch.tensor(live)
-        columns.ids += [item.id for item in fresh]
-        columns.labels += [item.label for item in fresh]
-        columns.digests += [item.digest for item in fresh]
+        end = start
+        for some in fresh:
+            live = [0.0 if gone else weight for weight, gone in zip(some["weight"], some["removed"], strict=True)]
+            weights[end : end + len(live)] = torch.tensor(live)
+            columns.ids[end:], columns.labels[end:], columns.digests[end:] = some["id"], some["label"], some["digest"]
+            end += len(live)
         return columns, weights
 
     def _identity(self) -> tuple[int, int]:
