@@ -10,13 +10,13 @@ from torch import Tensor
 
 from steerclear.errors import InvalidInput, MissingExtra, NegationMismatch
 from steerclear.negation.partition import Partition
-from steerclear.negation.posterior import Posterior, scaled
+from steerclear.negation.posterior import Posterior, posterior, scaled
+from steerclear.negation.references import Items
 from steerclear.negation.space import Space
 from steerclear.noise import NoiseLevel
 
 if TYPE_CHECKING:
     from steerclear.denoise import DenoiseState
-    from steerclear.negation.sets import NegationSet
 
 
 class Certified(NamedTuple):
@@ -44,8 +44,10 @@ class IndexedSet:
 
     Args:
         space: Where the items live.
-        labels, digests, ids: As of the :class:`NegationSet`.
+        labels, digests: As of the :class:`NegationSet`.
         partition: Its rows in clusters.
+        fresh: Items that came after it was cut and are read one by one, ``(points, weights)``; ``None`` if there are
+            none. Their weights are on the scale of the set's.
         tolerance: Of the log-evidence in nats, and of the mean in units of the items' root mean square norm, > 0.
 
     Raises:
@@ -59,10 +61,10 @@ class IndexedSet:
     """
 
     space: Space
-    labels: tuple[str, ...]
-    digests: tuple[str, ...]
-    ids: tuple[str, ...]
+    labels: tuple[str, ...] = field(repr=False)
+    digests: tuple[str, ...] = field(repr=False)
     partition: Partition = field(repr=False)
+    fresh: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -74,26 +76,25 @@ class IndexedSet:
             )
 
     @classmethod
-    def of(cls, negation: "NegationSet", *, tolerance: float = 1e-3, **partition: Any) -> "IndexedSet":  # noqa: ANN401
-        """Cut a set into clusters.
+    def of(cls, items: Items, *, tolerance: float = 1e-3, **partition: Any) -> "IndexedSet":  # noqa: ANN401
+        """Cut a set into clusters; of a store that changes meanwhile, take :class:`LiveIndex`.
 
         Args:
-            negation: The set; its latents are copied once, in their precision.
+            items: The set; its latents are copied once, in their precision.
             tolerance: See above.
             partition: ``clusters``, ``reach``, ``seed``, ``progress`` of :meth:`Partition.of`.
         """
-        rows = negation.latents.detach().cpu().flatten(1)
+        rows = items.latents.detach().cpu().flatten(1)
         return cls(
-            space=negation.space,
-            labels=negation.labels,
-            digests=negation.digests,
-            ids=negation.ids,
-            partition=Partition.of(rows, negation.weights.cpu(), **partition),
+            space=items.space,
+            labels=items.labels,
+            digests=items.digests,
+            partition=Partition.of(rows, items.weights.cpu(), **partition),
             tolerance=tolerance,
         )
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.labels)
 
     def __repr__(self) -> str:
         return f"IndexedSet({len(self)} items in {len(self.partition)} clusters of {self.space})"
@@ -119,15 +120,40 @@ class IndexedSet:
             )
         from steerclear.negation.bounds import look  # it needs Numba
 
-        x, alpha, precision, constant = scaled(x_t.detach().cpu(), level)
+        host = x_t.detach().cpu()
+        x, alpha, precision, constant = scaled(host, level)
         narrow = x.float()
         found = [
             look(self.partition, narrow[b : b + 1], float(alpha[b]), float(precision[b]), self.tolerance)
             for b in range(len(narrow))
         ]
-        mean = torch.stack([torch.from_numpy(each.mean) for each in found]) if found else narrow
-        work = torch.float64 if x_t.dtype == torch.float64 else torch.float32
+        # Of the rows that were cut, some may have gone.
+        constant = constant + self.partition.log_mass.logsumexp(0)
         evidence = torch.tensor([each.log_evidence for each in found], dtype=torch.float64) - constant
-        numbers = [torch.tensor([each[i] for each in found], device=x_t.device) for i in range(2, 6)]
-        posterior = Posterior(mean.to(x_t.device, work).reshape(x_t.shape), evidence.to(x_t.device))
-        return Certified(posterior, *numbers)
+        mean = torch.stack([torch.from_numpy(each.mean) for each in found]) if found else x
+        numbers = (torch.tensor([each[i] for each in found], device=x_t.device) for i in range(2, 6))
+        own = Certified(Posterior(mean.reshape(host.shape), evidence), *numbers)
+        whole = own if self.fresh is None else self._with_fresh(own, host, level, *self.fresh)
+        work = torch.float64 if x_t.dtype == torch.float64 else torch.float32
+        mean, evidence = whole.posterior
+        return whole._replace(posterior=Posterior(mean.to(x_t.device, work), evidence.to(x_t.device)))
+
+    def _with_fresh(self, own: Certified, x_t: Tensor, level: NoiseLevel, points: Tensor, weights: Tensor) -> Certified:
+        """Two mixtures make one, by the weights that they have."""
+        mean, evidence = posterior(x_t, points, weights, level)
+        sizes = torch.stack(
+            [self.partition.log_mass.logsumexp(0) + self.partition.log_total, weights.double().sum().log()]
+        )
+        sizes = sizes - sizes.logsumexp(0)
+        parts = torch.stack([own.posterior.log_evidence, evidence]) + sizes[:, None]
+        together = parts.logsumexp(0)
+        share = (parts - together).exp()
+        first, second = (part.reshape(-1, *[1] * (x_t.ndim - 1)) for part in share)
+        apart = (own.posterior.mean - mean).flatten(1).norm(dim=1) / self.partition.scale
+        return Certified(
+            Posterior(first * own.posterior.mean + second * mean, together),
+            own.evidence_error,
+            own.mean_error + own.evidence_error * share.prod(0) * apart,
+            own.rows + len(points),
+            own.proven,
+        )

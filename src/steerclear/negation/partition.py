@@ -19,7 +19,7 @@ radii directly, needs one pass over a sample, and finds copies of one picture ho
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ SAMPLE = 1 << 16
 BLOCK = 1 << 14
 #: Beyond that many members and dimensions an eigenvalue costs too much: the trace bounds it, too.
 LARGEST = 2048
+MOMENTS = ("centroid", "log_mass", "spread", "radius", "widest", "unevenness")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +55,7 @@ class Partition:
         seen: Centroids along them, ``(M, k)``.
         unseen: Norm of what they miss of each centroid, ``(M,)``.
         scale: Root mean square norm of the rows.
+        log_total: Logarithm of the sum of the weights that ``log_weights`` and ``log_mass`` are shares of.
     """
 
     rows: Tensor
@@ -71,6 +73,7 @@ class Partition:
     seen: Tensor
     unseen: Tensor
     scale: float
+    log_total: float
 
     @classmethod
     def of(
@@ -114,25 +117,53 @@ class Partition:
         starts = torch.cat([torch.zeros(1, dtype=torch.long), owner.bincount(minlength=len(used)).cumsum(0)])
         sorted_rows = _gathered(rows, order)
         log_weights = (weights.double() / weights.double().sum()).log()[order]
-        moments, offset = _moments(sorted_rows, log_weights, starts, progress)
-        seen = moments["centroid"] @ basis
-        missed = moments["centroid"].double().square().sum(1) - seen.double().square().sum(1)
+        spans = tqdm(list(pairwise(starts.tolist())), desc="measure", unit="cluster", disable=not progress)
+        found = [_moments(sorted_rows[begin:end], log_weights[begin:end]) for begin, end in spans]
+        moments = {name: torch.stack([each[0][name] for each in found]) for name in found[0][0]}
         norms = torch.cat([part.float().square().sum(1) for part in sorted_rows.split(BLOCK)])
         return cls(
             rows=sorted_rows,
             log_weights=log_weights,
-            offset=offset,
+            offset=torch.cat([offset for _, offset in found]),
             order=order,
             starts=starts,
             basis=basis,
-            seen=seen,
-            unseen=missed.clamp_min(0).sqrt(),
+            **_projected(moments["centroid"], basis),
+            log_total=math.log(float(weights.double().sum())),
             scale=float((norms.double() * log_weights.exp()).sum().sqrt()),
             **moments,
         )
 
     def __len__(self) -> int:
         return len(self.centroid)
+
+    def without(self, rows: Tensor) -> "Partition":
+        """The same without some rows, named by where they were before: they stay, with no weight.
+
+        Cost: a copy of the weights, and of what is known of every cluster; the clusters concerned are measured again.
+        """
+        if not len(rows):
+            return self
+        position = self._position[rows]
+        log_weights = self.log_weights.index_fill(0, position, -math.inf)
+        changed = {name: getattr(self, name).clone() for name in MOMENTS}
+        offset = self.offset.clone()
+        for cluster in (torch.searchsorted(self.starts, position, right=True) - 1).unique().tolist():
+            span = slice(int(self.starts[cluster]), int(self.starts[cluster + 1]))
+            left = log_weights[span] > -math.inf
+            changed["log_mass"][cluster] = -math.inf  # unless something is left
+            if bool(left.any()):
+                entries, away = _moments(self.rows[span][left], log_weights[span][left])
+                offset[span] = offset[span].masked_scatter(left, away)
+                for name, value in entries.items():
+                    changed[name][cluster] = value
+        return replace(
+            self, log_weights=log_weights, offset=offset, **changed, **_projected(changed["centroid"], self.basis)
+        )
+
+    @cached_property
+    def _position(self) -> Tensor:
+        return self.order.argsort()
 
     @cached_property
     def table(self) -> "Table":
@@ -254,26 +285,31 @@ def _gathered(rows: Tensor, order: Tensor) -> Tensor:
     return torch.cat([rows[part] for part in order.split(BLOCK)])
 
 
-def _moments(rows: Tensor, log_weights: Tensor, starts: Tensor, progress: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Every cluster's entries of the table above, and every row's distance from its centroid."""
-    found: list[tuple[Tensor, ...]] = []
-    offset = torch.empty(len(rows))
-    ends = starts.tolist()
-    bar = tqdm(list(pairwise(ends)), desc="measure", unit="cluster", disable=not progress)
-    for begin, end in bar:
-        members, log_w = rows[begin:end].float(), log_weights[begin:end]
-        log_mass = log_w.logsumexp(0)
-        share = (log_w - log_mass).exp()
-        centroid = (share.float() @ members).float()
-        u = members - centroid
-        squared = u.double().square().sum(1)
-        offset[begin:end] = squared.sqrt().float()
-        spread = (share * squared).sum()
-        uneven = (share * (squared - spread).square()).sum().sqrt()
-        scaled = u * share.sqrt().float()[:, None]
-        gram = scaled @ scaled.T if len(u) <= u.shape[1] else scaled.T @ scaled
-        # The largest column sum bounds the largest eigenvalue, where finding it would take long.
-        largest = torch.linalg.eigvalsh(gram)[-1] if len(gram) <= LARGEST else gram.abs().sum(1).max()
-        found.append((centroid, log_mass, spread, squared.max().sqrt(), largest.double() * (1 + 1e-5), uneven))
-    names = ("centroid", "log_mass", "spread", "radius", "widest", "unevenness")
-    return {name: torch.stack([each[i] for each in found]) for i, name in enumerate(names)}, offset
+def _moments(members: Tensor, log_weights: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A cluster's entries of the table above, and every row's distance from its centroid."""
+    rows = members.float()
+    log_mass = log_weights.logsumexp(0)
+    share = (log_weights - log_mass).exp()
+    centroid = share.float() @ rows
+    u = rows - centroid
+    squared = u.double().square().sum(1)
+    spread = (share * squared).sum()
+    scaled = u * share.sqrt().float()[:, None]
+    gram = scaled @ scaled.T if len(u) <= u.shape[1] else scaled.T @ scaled
+    # The largest column sum bounds the largest eigenvalue, where finding it would take long.
+    widest = torch.linalg.eigvalsh(gram)[-1] if len(gram) <= LARGEST else gram.abs().sum(1).max()
+    entries = {
+        "centroid": centroid,
+        "log_mass": log_mass,
+        "spread": spread,
+        "radius": squared.max().sqrt(),
+        "widest": widest.double() * (1 + 1e-5),
+        "unevenness": (share * (squared - spread).square()).sum().sqrt(),
+    }
+    return entries, squared.sqrt().float()
+
+
+def _projected(centroid: Tensor, basis: Tensor) -> dict[str, Tensor]:
+    seen = centroid @ basis
+    missed = centroid.double().square().sum(1) - seen.double().square().sum(1)
+    return {"seen": seen, "unseen": missed.clamp_min(0).sqrt()}

@@ -1,0 +1,201 @@
+"""The index against the exact posterior in NumPy float64: within its own bounds, and those within the tolerance."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from steerclear.denoise import DenoiseState
+from steerclear.errors import InvalidInput, NegationMismatch
+from steerclear.negation import IndexedSet, LiveIndex, NegationSet, NegationStore, Space
+from steerclear.noise import NoiseLevel
+
+pytest.importorskip("numba", reason="needs Numba: pip install 'steerclear[fast]'")
+DIM = 256
+#: From nearly no noise to nearly nothing else; in between, where most of the work is.
+SIGMAS = (0.05, 0.3, 1.0, 2.0, 4.0, 8.0, 20.0, 60.0)
+#: float32 differences, which the exact pass has as well; in nats at a few hundred dimensions.
+ROUNDING = 1e-4
+
+
+def brute_force(x, y, w, alpha, sigma):
+    x, y, w = (np.asarray(v, dtype=np.float64) for v in (x, y, w))
+    squared = np.stack([((row - alpha * y) ** 2).sum(1) for row in x])
+    logits = np.log(w / w.sum()) - squared / (2 * sigma**2)
+    top = logits.max(1, keepdims=True)
+    weights = np.exp(logits - top)
+    evidence = top[:, 0] + np.log(weights.sum(1)) - x.shape[1] * np.log(2 * np.pi * sigma**2) / 2
+    return weights @ y / weights.sum(1, keepdims=True), evidence
+
+
+def copies(rng, works=300, each=20, scale=0.03, dtype=torch.bfloat16):
+    """Works in a few dimensions, as pictures are, and copies of each that differ a little in all dimensions."""
+    basis = torch.linalg.qr(torch.randn(DIM, 24, generator=rng))[0]
+    centre = torch.randn(works, 24, generator=rng) * 3.0 @ basis.T + 0.3 * torch.randn(works, DIM, generator=rng)
+    y = centre.repeat_interleave(each, 0)
+    return (y + scale * torch.randn(y.shape, generator=rng)).to(dtype)
+
+
+def make(y, w=None, **options):
+    weights = {} if w is None else {"weights": w}
+    names = tuple(map(str, range(len(y))))
+    items = NegationSet(latents=y, space=Space(encoder="x", shape=(DIM,)), ids=names, digests=names, **weights)
+    return IndexedSet.of(items, progress=False, **options)
+
+
+def asked(rng, y, alpha, sigma, batch=8):
+    picks = torch.randint(len(y), (batch,), generator=rng)
+    return alpha * y[picks].float() + sigma * torch.randn(batch, y.shape[1], generator=rng)
+
+
+def check(index, x, y, w, alpha, sigma):
+    got = index.certified(x, NoiseLevel(alpha, sigma))
+    mean, evidence = brute_force(x, y.float(), w, alpha, sigma)
+    scale = math.sqrt(float((w * y.double().square().sum(1)).sum() / w.sum()))
+    error = np.abs(got.posterior.log_evidence.numpy() - evidence)
+    moved = np.linalg.norm(got.posterior.mean.numpy() - mean, axis=1) / scale
+    assert (error <= got.evidence_error.numpy() + ROUNDING).all()
+    assert (moved <= got.mean_error.numpy() + ROUNDING).all()
+    assert bool((got.evidence_error <= index.tolerance).all())
+    assert bool((got.mean_error <= index.tolerance).all())
+    return got
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("tolerance", [1e-3, 0.03])
+def test_copies_of_works_are_within_the_bounds(sigma, tolerance, rng):
+    y = copies(rng)
+    index = make(y, clusters=400, tolerance=tolerance)
+    alpha = 1 / math.sqrt(1 + sigma**2)
+    check(index, asked(rng, y, alpha, alpha * sigma), y, torch.ones(len(y)), alpha, alpha * sigma)
+
+
+def test_at_little_noise_few_rows_are_read_and_the_bounds_are_a_proof(rng):
+    y = copies(rng)
+    got = check(make(y, clusters=400), asked(rng, y, 1.0, 0.1), y, torch.ones(len(y)), 1.0, 0.1)
+    assert bool(got.proven.all())
+    assert int(got.rows.max()) <= len(y) // 20
+
+
+def test_at_much_noise_a_sample_does(rng):
+    y = copies(rng, works=150, each=60, scale=0.05)
+    alpha, sigma = 1 / math.sqrt(401), 20 / math.sqrt(401)
+    got = check(make(y, clusters=190), asked(rng, y, alpha, sigma), y, torch.ones(len(y)), alpha, sigma)
+    assert not bool(got.proven.any())
+    assert int(got.rows.max()) <= len(y) // 8
+
+
+def test_unlike_pictures_are_read_to_the_end(rng):
+    """Without near-duplicates nothing can be left out at much noise, and then nothing is."""
+    y = torch.randn(2000, DIM, generator=rng)
+    got = check(make(y), asked(rng, y, 0.3, 0.95), y, torch.ones(len(y)), 0.3, 0.95)
+    assert bool((got.rows == len(y)).all())
+    assert bool((got.evidence_error == 0).all())
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_uneven_weights_and_clusters(sigma, rng):
+    """One work a thousand times, others once; weights over four orders of magnitude."""
+    singles = copies(rng, works=800, each=1)
+    y = torch.cat([singles, singles[:1].float().repeat(1000, 1).add(0.02 * torch.randn(1000, DIM, generator=rng))
+                   .to(singles.dtype)])  # fmt: skip
+    w = 10.0 ** (4 * torch.rand(len(y), generator=rng) - 2)
+    check(make(y, w, clusters=900), asked(rng, y, 1.0, sigma), y, w, 1.0, sigma)
+
+
+def test_without_signal_the_mean_is_the_average(rng):
+    y = copies(rng)
+    got = check(make(y, clusters=400), torch.randn(2, DIM, generator=rng), y, torch.ones(len(y)), 0.0, 1.0)
+    np.testing.assert_allclose(got.posterior.mean[0], y.double().mean(0), atol=1e-4)
+
+
+def test_the_statement_of_probability_holds(rng):
+    """Hundreds of samples in the range where it is one; five standard errors leave room for none."""
+    y = copies(rng, works=150, each=60, scale=0.05)
+    index, w, sampled = make(y, clusters=190), torch.ones(len(y)), 0
+    for sigma in (6.0, 12.0, 30.0):
+        alpha = 1 / math.sqrt(1 + sigma**2)
+        got = check(index, asked(rng, y, alpha, alpha * sigma, batch=48), y, w, alpha, alpha * sigma)
+        sampled += int((~got.proven).sum())
+    assert sampled >= 128
+
+
+def test_every_row_is_in_one_cluster(rng):
+    y = copies(rng, works=50, each=7)
+    cut = make(y, clusters=60).partition
+    assert cut.order.sort().values.tolist() == list(range(len(y)))
+    assert torch.equal(cut.rows, y[cut.order])
+    assert (int(cut.starts[0]), int(cut.starts[-1])) == (0, len(y))
+    for begin, end, centre in zip(cut.starts[:-1], cut.starts[1:], cut.centroid, strict=True):
+        members = y[cut.order[begin:end]].double()
+        torch.testing.assert_close(centre.double(), members.mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_that_is_not_finite_spoils_only_itself(rng):
+    y = copies(rng)
+    index, x = make(y, clusters=400), asked(rng, y, 1.0, 0.5, batch=3)
+    clean = index.posterior(x, NoiseLevel(1.0, 0.5))
+    x[1, 0] = math.nan
+    got = index.posterior(x, NoiseLevel(1.0, 0.5))
+    assert bool(got.mean[1].isnan().all())
+    assert torch.equal(got.mean[[0, 2]], clean.mean[[0, 2]])
+
+
+def test_what_goes_in_is_checked(rng):
+    y = copies(rng, works=20, each=3)
+    index = make(y)
+    with pytest.raises(NegationMismatch, match=r"shape \(batch, 256\), got \(1, 2, 128\)"):
+        index.posterior(torch.zeros(1, 2, 128), NoiseLevel(1.0, 1.0))
+    with pytest.raises(InvalidInput, match="tolerance > 0, got 0"):
+        make(y, tolerance=0.0)
+
+
+def store_of(tmp_path, y):
+    names = tuple(f"item-{i}" for i in range(len(y)))
+    items = NegationSet(latents=y, space=Space(encoder="x", shape=(DIM,)), ids=names, digests=names)
+    store = NegationStore.create(tmp_path / "big.negation", items.space, dtype=torch.bfloat16)
+    store.add(items)
+    return store
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 6.0, 20.0])
+def test_an_index_follows_its_store(sigma, tmp_path, rng):
+    """Against the exact posterior of what the store holds at every moment."""
+    y = copies(rng, works=60, each=10)
+    store = store_of(tmp_path, y)
+    index = LiveIndex(store.live(), clusters=80, progress=False)
+    alpha = 1 / math.sqrt(1 + sigma**2)
+    x = asked(rng, y, alpha, alpha * sigma)
+    extra = NegationSet(
+        latents=x[:1] / alpha, space=index.space, ids=("new",), digests=("new",), weights=torch.tensor([3.0])
+    )
+    whole_cluster = [f"item-{i}" for i in range(10, 20)]
+    for change in (
+        lambda: None,
+        lambda: store.remove(["item-0", "item-1", "item-599"]),
+        lambda: store.remove(whole_cluster),
+        lambda: store.add(extra),
+        lambda: store.remove(["new"]),
+        lambda: store.compact(),
+    ):
+        change()
+        got, now = index.posterior(x, NoiseLevel(alpha, alpha * sigma)), store.snapshot()
+        mean, evidence = brute_force(x, now.latents.float(), now.weights, alpha, alpha * sigma)
+        assert np.abs(got.log_evidence.numpy() - evidence).max() <= 1e-3 + ROUNDING
+        scale = float(now.latents.float().norm(dim=1).square().mean().sqrt())
+        assert np.linalg.norm(got.mean.numpy() - mean, axis=1).max() <= (2e-3 + ROUNDING) * scale
+        assert len(index) == len(now)
+
+
+def test_a_trajectory_keeps_the_items_that_it_began_with(tmp_path, rng):
+    y = copies(rng, works=30, each=5)
+    store = store_of(tmp_path, y)
+    index = LiveIndex(store.live(), clusters=40, progress=False)
+    state = DenoiseState(x_t=torch.zeros(1, DIM), level=NoiseLevel(1.0, 1.0), step=0, num_steps=2)
+    x = asked(rng, y, 1.0, 1.0)
+    before = index.at(state).posterior(x, NoiseLevel(1.0, 1.0))
+    store.remove(["item-0"])
+    assert torch.equal(index.at(state).posterior(x, NoiseLevel(1.0, 1.0)).mean, before.mean)
+    assert len(index.at(state)) == 150
+    assert len(index) == 149
