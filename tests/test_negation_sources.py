@@ -21,7 +21,7 @@ from steerclear.negation.images import MAX_BYTES, Unusable
 
 PICTURE = picture(0)
 FUZZ = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -387,6 +387,12 @@ def test_a_value_that_is_said_again_and_again_is_in_memory_once(tmp_path):
     assert pool.max_memory() - before < 200 << 20  # not 500 times 8 MiB
     with pytest.raises(NegationFileError, match="at most 1000 characters"):
         entries(bomb(tmp_path / "b.parquet", "label", "x" * (8 << 20), rows=500))
+
+
+def test_a_table_with_more_rows_than_bytes_is_refused(tmp_path):
+    pq.write_table(pa.table({"bytes": [b"x"] * 100_000}), tmp_path / "a.parquet")
+    with pytest.raises(NegationFileError, match=r"got 100000 rows: the same picture again and again"):
+        entries(tmp_path / "a.parquet")
 
 
 def test_a_damaged_table_is_an_error_or_a_list(tmp_path):

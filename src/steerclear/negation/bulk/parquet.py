@@ -19,7 +19,7 @@ from steerclear.errors import InvalidInput, NegationFileError
 from steerclear.negation.bulk.entries import MAX_TEXT, Entry
 from steerclear.negation.images import MAX_BYTES, Unusable
 
-ROWS, INFO_ROWS = 16, 1024
+ROWS, INFO_ROWS, MAX_NOTE = 16, 1024, 1 << 20
 _DAMAGE = (OSError, UnicodeError, pa.ArrowException)
 Array: TypeAlias = Any  # pyarrow's, which have no types
 _TEXTS = ("id", "label", "licence", "license", "path", "image.path", "bytes.path")
@@ -40,9 +40,15 @@ def entries(file: Path, root: Path) -> Iterator[Entry]:
             raise InvalidInput(
                 f"{file}: expected a column image, bytes or path, got {sorted(columns)[:20]}; rename the column"
             )
+        status, number = file.stat(), parquet.metadata.num_rows
+        if number > status.st_size:
+            raise NegationFileError(
+                f"{file}: expected at most one row for each of its {status.st_size} bytes, got {number} rows: the same "
+                "picture again and again, or a damaged file; leave it out"
+            )
         texts = [name for name in _TEXTS if name in columns]
         names = _class_names(parquet)
-        stamp, first = file.stat().st_mtime_ns, 0
+        first = 0
         for group in range(parquet.metadata.num_row_groups):
             info = parquet.metadata.row_group(group)
             size = info.total_byte_size // max(1, info.num_rows)
@@ -57,7 +63,7 @@ def entries(file: Path, root: Path) -> Iterator[Entry]:
                     inside=f"row {first + row}",
                     offset=row,
                     size=size,
-                    stamp=stamp,
+                    stamp=status.st_mtime_ns,
                     group=group,
                 )
                 yield made if columns.intersection(_BYTES) else _at(made, root, path)
@@ -208,7 +214,8 @@ def _strings(column: Array, where: str) -> list[str]:
 def _class_names(parquet: Any) -> dict[str, str]:  # noqa: ANN401
     """Names of numbered classes, as Hugging Face's datasets keep them in the file's metadata."""
     try:
-        said = json.loads((parquet.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        text = (parquet.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+        said = json.loads(text) if len(text) <= MAX_NOTE else {}
         names = said["info"]["features"]["label"]["names"]
         return {str(number): str(name)[:MAX_TEXT] for number, name in enumerate(names)}
     except (ValueError, KeyError, TypeError, RecursionError):
