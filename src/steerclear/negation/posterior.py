@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from steerclear.errors import InvalidInput
 from steerclear.noise import NoiseLevel
@@ -163,7 +163,7 @@ def _sums(
 
 
 # One opaque operation for torch.compile, which would otherwise unroll the loop over blocks.
-_operator = torch.library.custom_op("steerclear::posterior", _sums, mutates_args=())
+_operator = library.custom_op("steerclear::posterior", _sums, mutates_args=())
 
 
 @_operator.register_fake
