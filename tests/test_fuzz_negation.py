@@ -117,6 +117,7 @@ def good(tmp_path_factory):
     for kind, (write, *_) in LOADERS.items():
         write(folder / kind)
         found[kind] = (folder / kind).read_bytes()
+    check(items())  # what is imported on first use is not a file's
     return found
 
 
@@ -367,6 +368,7 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store") / "good.negation"
     with NegationStore.from_set(folder, items(), provenance="a test", licence="CC0") as made:
         made.remove("é 1")
+    use_store(folder)  # what is imported on first use is not the store's
     return folder
 
 
@@ -481,3 +483,14 @@ def test_the_store_that_fuzzing_starts_from_is_whole(store, tmp_path_factory):
     use_store(folder)
     with NegationStore.open(folder) as opened:
         assert opened.ids() == ("é 0", "é 2")
+
+
+@pytest.mark.parametrize("weight", [1e308, 1e-60, 5e-324, 3.5e38])
+def test_weights_that_float32_cannot_hold_are_refused(store, tmp_path_factory, weight):
+    """Rounded to 0 an item would count as removed, and to infinity it would be all that counts."""
+    folder = copied(store, tmp_path_factory)
+    connection = sqlite3.connect(folder / "items.sqlite", isolation_level=None)
+    connection.execute("UPDATE items SET weight = ? WHERE row = 0", (weight,))
+    connection.close()
+    with NegationStore.open(folder, readonly=True) as opened, pytest.raises(NegationFileError, match="wrong kind"):
+        opened.snapshot()
