@@ -201,8 +201,8 @@ def head_of(folder: Path, connection: sqlite3.Connection) -> Head:
         raise damaged(folder, f"format {row and str(row[0])[:40]!r}", f"format {FORMAT!r}")
     if row[1] != VERSION:
         raise NegationFileError(
-            f"{folder}: expected store version {VERSION}, got {str(row[1])[:40]!r}; open it with the release of steerclear "
-            "that wrote it, or export it there to a single file"
+            f"{folder}: expected store version {VERSION}, got {str(row[1])[:40]!r}; open it with the release of "
+            "steerclear that wrote it, or export it there to a single file"
         )
     _, _, encoder, shape, name, dtype, *numbers = row
     texts = (encoder, shape, name, dtype)
