@@ -240,6 +240,21 @@ def test_going_on_equals_never_having_stopped(form, triplets, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True))
 
 
+def test_a_training_can_be_cut_in_the_middle_of_its_schedule(triplets, tmp_path):
+    """With a cooling learning rate, which fewer steps would change."""
+    method = SafeGen(form="full", **{**FAST, "cool": 0.5})
+    whole, parts = tiny_pipeline("sd"), tiny_pipeline("sd")
+    once = train(whole, triplets, method, progress=False)
+    file = tmp_path / "checkpoint.safetensors"
+    cut = train(parts, triplets, method, checkpoint=file, until=2, progress=False)
+    assert cut.losses == once.losses[:2]
+    parts = tiny_pipeline("sd")
+    assert train(parts, triplets, method, checkpoint=file, progress=False).losses == once.losses
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True))
+    with pytest.raises(InvalidInput, match="until"):
+        train(parts, triplets, method, until=-1)
+
+
 def test_seeds_matter(triplets):
     runs = [train(tiny_pipeline("sd"), triplets, SafeGen(seed=seed, **FAST), progress=False) for seed in (0, 0, 1)]
     assert runs[0].losses == runs[1].losses

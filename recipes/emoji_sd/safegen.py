@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/safegen"))
     parser.add_argument("--half", choices=["dev", "report"], default="dev")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--until", type=int, help="stop training after so many steps of the schedule")
     parser.add_argument("--every", type=int, default=1, help="measure only every so many prompts of each kind")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -184,7 +185,8 @@ def main() -> None:
         keeping = args.variant.startswith("keeping")
         made = triplets(pipe, args.out, keeping)
         made = reworded(made) if keeping else made
-        train(pipe, made, method, checkpoint=args.out / f"{args.variant}.checkpoint", every=50)
+        checkpoint = args.out / f"{args.variant}.checkpoint"
+        train(pipe, made, method, checkpoint=checkpoint, every=50, until=args.until)
         save(pipe, args.out / args.variant, dtype=torch.float16 if method.form == "lora" else None)
         if method.form == "full":
             adapter = as_adapter(pipe, zoo.load("emoji-sd"), RANK)

@@ -70,6 +70,7 @@ def train(
     *,
     checkpoint: str | Path | None = None,
     every: int = EVERY,
+    until: int | None = None,
     progress: bool = True,
 ) -> Trained:
     """Trains the self-attention of ``pipe``, which afterwards holds the running average of the weights.
@@ -80,6 +81,8 @@ def train(
         method: Settings.
         checkpoint: File to go on from if it is there, and to write every ``every`` steps and at the end.
         every: Steps, >= 1.
+        until: Stop after so many of the method's steps, >= 0; default: all. The learning rate is that of the whole
+            schedule, and a checkpoint goes on from there.
         progress: Show a bar with the loss.
 
     Returns:
@@ -102,17 +105,20 @@ def train(
     network = Network.of(pipe, ("", *captions))
     if every < 1:
         raise InvalidInput(f"train: expected every >= 1, got {every}")
+    if until is not None and until < 0:
+        raise InvalidInput(f"train: expected until >= 0, got {until}")
+    last = method.steps if until is None else min(until, method.steps)
     identity = checkpoints.identity(network.module, triplets, method)
     state = _State.start(network, method)
     losses: list[tuple[float, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
         losses = state.restore(checkpoints.read(Path(checkpoint), identity))
-    with tqdm(total=method.steps, initial=len(losses), desc="safegen", unit="step", disable=not progress) as bar:
-        for step in range(len(losses), method.steps):
+    with tqdm(total=last, initial=len(losses), desc="safegen", unit="step", disable=not progress) as bar:
+        for step in range(len(losses), last):
             losses.append(_step(network, triplets, method, state, step))
             bar.set_postfix(mosaic=f"{losses[-1][0]:.3f}", benign=f"{losses[-1][1]:.3f}")
             bar.update()
-            if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == method.steps):
+            if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == last):
                 checkpoints.write(Path(checkpoint), identity, state.tensors(), losses)
     state.finish()
     return Trained(method=method, losses=tuple(losses), parameters=sum(p.numel() for p in state.parameters.values()))
