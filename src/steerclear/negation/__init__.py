@@ -1,5 +1,6 @@
 """What to steer away from: sets of latents, their exact posterior, their file format, and how pictures get in."""
 
+from steerclear.negation.bulk import Built, build_many
 from steerclear.negation.encoder import Encoder, encoder_of
 from steerclear.negation.images import Skip, find_images
 from steerclear.negation.index import Certified, IndexedSet
@@ -14,6 +15,7 @@ from steerclear.negation.statistics import NegationStatistics
 from steerclear.negation.store import NegationStore, StoreReport
 
 __all__ = [
+    "Built",
     "Certified",
     "Encoder",
     "IndexedSet",
@@ -29,6 +31,7 @@ __all__ = [
     "Snapshot",
     "Space",
     "StoreReport",
+    "build_many",
     "encoder_of",
     "find_images",
 ]

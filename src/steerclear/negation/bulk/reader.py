@@ -2,11 +2,15 @@
 
 import os
 import stat
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steerclear.negation.bulk.entries import Entry
-from steerclear.negation.bulk.parquet import Rows
 from steerclear.negation.images import MAX_BYTES, Unusable
+
+if TYPE_CHECKING:
+    from steerclear.negation.bulk.parquet import Rows
 
 
 class Reader:
@@ -17,7 +21,13 @@ class Reader:
     """
 
     def __init__(self, root: Path | None) -> None:
-        self._rows = Rows(root)
+        self._root = root
+
+    @cached_property
+    def _rows(self) -> "Rows":
+        from steerclear.negation.bulk.parquet import Rows  # pyarrow takes a while to import
+
+        return Rows(self._root)
 
     def __call__(self, entry: Entry) -> bytes:
         """The file of one picture, still encoded.

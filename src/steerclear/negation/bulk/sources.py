@@ -11,7 +11,7 @@ from typing import TypeAlias
 from PIL import Image
 
 from steerclear.errors import InvalidInput
-from steerclear.negation.bulk import parquet, tars
+from steerclear.negation.bulk import tars
 from steerclear.negation.bulk.entries import Entry
 from steerclear.negation.images import find_images
 
@@ -77,6 +77,8 @@ def _pictures(files: list[Path], folder: Path | None) -> Iterator[Entry]:
 
 
 def _shards(files: list[Path], root: Place | None) -> Iterator[Entry]:
+    from steerclear.negation.bulk import parquet  # pyarrow takes a while to import
+
     for file in files:
         if file.suffix.lower() == ".tar":
             yield from tars.entries(file)
