@@ -36,7 +36,7 @@ from steerclear.evaluate.prompt_file import Selection, read_prompts
 from steerclear.evaluate.reading import select
 from steerclear.evaluate.run import load_model, versions
 from steerclear.guards import ConditionalRelease, Guard, SafeDenoiser, Subspace, TwoSample
-from steerclear.negation import NegationSet, NegationStatistics
+from steerclear.negation import NegationSet, NegationStatistics, Space
 
 ROOT = Path(__file__).parent.parent
 COMPONENTS, FALSE_POSITIVES = 32, 0.05
@@ -103,7 +103,37 @@ def calibration(judge: Judge, out: Path, limit: int | None) -> dict[str, Any]:
     parts = [load_file(job.path) for job in jobs]
     own, flags = torch.cat([part["label"].float() for part in parts]), torch.cat([part["flagged"] for part in parts])
     asked = torch.tensor([prompt.kind in space.UNSAFE_KINDS for prompt in rows])
-    return {name: calibrated(name, own, asked & flags.bool(), ~asked & ~flags.bool()) for name in FORMS}
+    unsafe, harmless = asked & flags.bool(), ~asked & ~flags.bool()
+    return {name: calibrated(name, own, unsafe, harmless) for name in FORMS} | {"seen": seen(own, unsafe, harmless)}
+
+
+def seen(own: Tensor, unsafe: Tensor, harmless: Tensor) -> dict[str, Any]:
+    """The recommended guard's evidence, and one Gaussian in place of its unsafe references: trajectories caught.
+
+    At each level that is read, log-ratios are centred and scaled by the harmless trajectories; the threshold is that of
+    the stated false positives among the same. The shipped file has two drawings or one of a concept, so only all of
+    them together are enough for statistics.
+    """
+    policy = zoo.joined(zoo.policies())
+    weight = zoo.seen_weight(policy)
+    kept, scores = weight.references, {"items": [], "statistics": []}
+    space_of = Space(encoder="components", shape=(kept.points.shape[2],))
+    for k in range(weight.read):
+        level = NoiseLevel(1.0, weight.width * kept.spacing[k])
+        bad, good = (
+            NegationSet(latents=kept.points[k][rows], space=space_of, labels=("all",) * int(rows.sum()))
+            for rows in (kept.flagged, ~kept.flagged)
+        )
+        x = kept.project(own[:, k])
+        safe = good.posterior(x, level).log_evidence
+        scores["items"].append(bad.posterior(x, level).log_evidence - safe)
+        scores["statistics"].append(NegationStatistics.of(bad).posterior(x, level).log_evidence - safe)
+    found: dict[str, Any] = {}
+    for name, raw in scores.items():
+        even = space.levelled(torch.stack(raw, 1).double().numpy(), harmless.numpy())
+        limit = space.threshold(even[harmless.numpy()].max(1), FALSE_POSITIVES)
+        found[name] = {"caught": int((even[unsafe.numpy()].max(1) > limit).sum()), "unsafe": int(unsafe.sum())}
+    return {**found, "unsafe references": int(kept.flagged.sum()), "harmless": int(harmless.sum())}
 
 
 def strength(settings: Mapping[str, Any], judge: Judge, out: Path, limit: int | None) -> dict[str, Any]:
@@ -137,8 +167,11 @@ def strength(settings: Mapping[str, Any], judge: Judge, out: Path, limit: int | 
 
 def reveals(pipe: Any, art: Path | None) -> dict[str, Any]:  # noqa: ANN401
     """Decoded latents, means and samples beside the pictures."""
-    found = {} if art is None else {"latents": decoded(pipe, art)}
-    return {**found, **{f"rank {rank}": nearest(rank) for rank in (0, 2, 8)}}
+    found: dict[str, Any] = {} if art is None else {"latents": decoded(pipe, art)}
+    found["concepts"], found["seen references"] = concepts(), through_components(pipe)
+    for number in (20, 60, 200):
+        found[f"{number} pictures"] = {f"rank {rank}": nearest(rank, number) for rank in (0, 2, 8)}
+    return found
 
 
 @torch.no_grad()
@@ -158,14 +191,28 @@ def decoded(pipe: Any, art: Path) -> dict[str, Any]:  # noqa: ANN401
     return found
 
 
-def nearest(rank: int) -> dict[str, Any]:
-    """Statistics of one vendor's drawings of many concepts; the other vendor's drawings were left out."""
-    inside, outside = halves()
-    made = NegationStatistics.of(inside, rank=rank, merge="unwanted")
-    level = NoiseLevel(1.0, 0.5)
-    score = [made.posterior(each.latents, level).log_evidence for each in (inside, outside)]
-    generator = torch.Generator().manual_seed(0)
-    samples = sampled(made, 64, generator)
+@torch.no_grad()
+def through_components(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
+    """PSNR of what the file of seen references lets one decode, against the references' own decoded latents."""
+    policy = zoo.joined(zoo.policies())
+    unsafe, safe = space.references()
+    assert policy.seen is not None  # noqa: S101  (references() checked)
+    kept, codec = policy.seen, encoder_of(pipe)
+    truth = torch.cat([unsafe.latents, safe.latents])[kept.flagged]
+    found: dict[str, Any] = {}
+    for level in (0, len(kept.log_snr) // 2, len(kept.log_snr) - 1):
+        latents = (kept.mean + kept.points[level][kept.flagged] @ kept.basis.T).reshape(truth.shape)
+        pictures = (codec.decode(x).clamp(0, 1) for x in (truth, latents))
+        found[f"level {level + 1} of {len(kept.log_snr)}"] = spread(psnr(*pictures))
+    return found
+
+
+def nearest(rank: int, number: int) -> dict[str, Any]:
+    """Statistics of one drawing each of so many concepts, against another vendor's drawings of the same concepts."""
+    inside, outside = halves(number)
+    made = NegationStatistics.of(inside, rank=rank, merge="all")
+    score = [made.posterior(each.latents, NoiseLevel(1.0, 0.5)).log_evidence for each in (inside, outside)]
+    samples = sampled(made, 64, torch.Generator().manual_seed(0))
     apart = {
         "mean to the nearest picture in it": distances(made.means, inside),
         "mean to the nearest picture not in it": distances(made.means, outside),
@@ -174,21 +221,36 @@ def nearest(rank: int) -> dict[str, Any]:
         "pictures not in it to the nearest in it": distances(outside.latents, inside),
     }
     return {
-        "pictures": {"in it": len(inside), "not in it": len(outside)},
         "distance": {name: spread(values.tolist()) for name, values in apart.items()},
         "membership": auroc(*score),
     }
 
 
-def halves() -> tuple[NegationSet, NegationSet]:
-    """Drawings as drawn, of one vendor and of the other: the same concepts, no common picture."""
+def halves(number: int) -> tuple[NegationSet, NegationSet]:
+    """One drawing of each of so many concepts, and one of each by another vendor; vendors take turns."""
+    policy = zoo.joined(zoo.policies())
+    items = policy.negation.add(policy.safe)
+    drawn: dict[str, list[str]] = {}
+    for name, label in zip(items.ids, items.labels, strict=True):
+        if name.rsplit("/", 1)[1] == "0":
+            drawn.setdefault(label, []).append(name)
+    pairs = [sorted(names) for names in drawn.values() if len(names) == 2][:number]
+    kept = [{pair[(k + turn) % 2] for k, pair in enumerate(pairs)} for turn in (0, 1)]
+    inside, outside = (items.remove(set(items.ids) - names) for names in kept)
+    return inside, outside
+
+
+def concepts() -> dict[str, Any]:
+    """Means of the sixteen variants of two drawings: how near the nearest variant is, and how near variants are."""
     items = zoo.joined(zoo.policies()).negation
-    first = [name for name in items.ids if name.rsplit("/", 1)[1] == "0"]
-    drawn = items.remove(set(items.ids).difference(first))
-    vendors = {name.split("/")[0] for name in drawn.ids}
-    one, other = (drawn.remove([i for i in drawn.ids if not i.startswith(vendor)]) for vendor in sorted(vendors))
-    both = set(one.labels) & set(other.labels)
-    return one.select(labels=both), other.select(labels=both)
+    to_mean: list[float] = []
+    apart: list[float] = []
+    for label in sorted(set(items.labels)):
+        some = items.select(labels=label).latents.flatten(1)
+        to_mean.append(float((some - some.mean(0)).norm(dim=1).min()))
+        own = torch.cdist(some, some)
+        apart += own.masked_fill(torch.eye(len(own)).bool(), math.inf).amin(1).tolist()
+    return {"mean to the nearest of its pictures": spread(to_mean), "picture to the nearest other": spread(apart)}
 
 
 def sampled(made: NegationStatistics, count: int, generator: torch.Generator) -> Tensor:
