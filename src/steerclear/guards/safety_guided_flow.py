@@ -23,8 +23,10 @@ from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, NegationMismatch
 from steerclear.guards.base import Guard, Requires, during
 from steerclear.guards.radius import distances, widest
+from steerclear.guards.tracking import wide
 from steerclear.negation import Items
-from steerclear.noise import per_sample
+from steerclear.negation.placement import placed
+from steerclear.noise import NoiseLevel, per_sample
 
 # The top-k rule makes the kernel this much at the mean of the chosen squared distances.
 LEVEL = 0.05
@@ -78,7 +80,8 @@ class SafetyGuidedFlow:
         NegationMismatch: If the set lives in another space than the sampler.
 
     Cost:
-        No network evaluation; one ``(batch, n)`` distance matrix a step. No host synchronisation.
+        No network evaluation. With a fixed bandwidth one pass over the set a step; with the rule of ranks two, because
+        the width is not known before all distances are. No host synchronisation.
 
     Equal to:
         The identity at ``strength=0``. With a fixed bandwidth, the safe denoiser with :math:`\beta = Z` and strength
@@ -127,40 +130,30 @@ class SafetyGuidedFlow:
                 f"SafetyGuidedFlow: expected samples of shape (batch, {', '.join(map(str, negation.space.shape))}), "
                 f"got {tuple(denoised.shape)}; encode the pictures again for this pipeline at this size"
             )
-        x = denoised.detach().flatten(1).to(widest(denoised))
-        points = self._points(x, negation, state)
-        squared = distances(x, points).square()
-        variance = self._variance(squared)
-        weights = negation.weights.to(x)
-        logits = (weights / weights.sum()).log() - squared / (2.0 * variance[:, None])
-        log_z = logits.logsumexp(1)
+        x = wide(denoised.detach())
+        sigma = self._sigma(x, negation)
+        mean, evidence = negation.posterior(x, NoiseLevel(1.0, sigma))
+        # Of the posterior's Gaussian, the kernel is what is left without the normalisation.
+        log_z = evidence + x[0].numel() / 2 * (2.0 * math.pi * sigma.to(evidence).square()).log()
         state.note("kernel", log_z.exp())
-        state.note("bandwidth", variance.sqrt())
+        state.note("bandwidth", sigma)
         if self.strength == 0.0:
             return None
-        beta = (2.0 * self.strength / variance) * log_z.exp()
-        # The mean in the references' own precision: converting them at every step would cost more than it gives.
-        mean = (logits.softmax(1).to(points.dtype) @ points).to(x)
+        beta = per_sample(2.0 * self.strength / sigma.square() * log_z.exp().to(sigma), x)
         sign = -1.0 if self.toward else 1.0
-        moved = (x + sign * beta[:, None] * (x - mean)).reshape(denoised.shape)
+        moved = x + sign * beta.to(x) * (x - mean)
         # NaN is not "nothing to do": it is passed on, and the layer raises.
-        return torch.where(per_sample(~(beta <= 0.0), denoised), moved.to(denoised.dtype), denoised)
+        return torch.where(~(beta <= 0.0), moved.to(denoised.dtype), denoised)
 
-    def _variance(self, squared: Tensor) -> Tensor:
-        r""":math:`\sigma^2` of every sample, ``(batch,)``."""
+    def _sigma(self, x: Tensor, negation: Items) -> Tensor:
+        r""":math:`\sigma` of every sample, ``(batch,)``; only the rule of ranks needs distances for it."""
+        flat = x.flatten(1).to(widest(x))
         if self.bandwidth is not None:
-            return torch.full_like(squared[:, 0], self.bandwidth**2)
+            return torch.full_like(flat[:, 0], self.bandwidth)
         first, last = self.ranks
+        squared = distances(flat, placed(negation, "latents", x.device).flatten(1)).square()
         near = squared.topk(last, dim=1, largest=False).values[:, first:].mean(1)
-        return near.clamp_min(1e-24) / (-2.0 * math.log(LEVEL))
-
-    def _points(self, x: Tensor, negation: Items, state: DenoiseState) -> Tensor:
-        """The references ``(n, D)`` on the sample's device, moved there once per trajectory."""
-        known: Tensor | None = state.memory.get((self, "points"))
-        if known is None or known.device != x.device:
-            known = negation.latents.flatten(1).to(x.device)
-            state.memory[(self, "points")] = known
-        return known
+        return (near.clamp_min(1e-24) / (-2.0 * math.log(LEVEL))).sqrt()
 
     @classmethod
     def published(cls, negation: Items, preset: str = "nudity-headline") -> Guard:

@@ -14,6 +14,7 @@ from steerclear.files.scan import Malformed
 from steerclear.files.tensors import parts
 from steerclear.negation import Space
 from steerclear.negation.files import opened, replace, space_of, space_text, strings_of
+from steerclear.negation.placement import placed
 from steerclear.noise import NoiseLevel
 
 FORMAT = "steerclear.seen.1"
@@ -134,7 +135,7 @@ class SeenReferences:
     def project(self, estimate: Tensor) -> Tensor:
         """Components of estimates ``(batch, *shape)``: ``(batch, k)``."""
         flat = estimate.flatten(1).float()
-        return (flat - self.mean.to(flat)) @ self.basis.to(flat)
+        return (flat - placed(self, "mean", flat.device)) @ placed(self, "basis", flat.device)
 
     def save(self, path: str | Path) -> None:
         """Write to ``path`` (safetensors, float16); the file is replaced as a whole."""

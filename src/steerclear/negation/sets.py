@@ -15,6 +15,7 @@ from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch
 from steerclear.negation import build, files
 from steerclear.negation.encoder import encoder_of
 from steerclear.negation.images import Images, Skip
+from steerclear.negation.placement import placed
 from steerclear.negation.posterior import Posterior, posterior
 from steerclear.negation.space import Space
 from steerclear.noise import NoiseLevel
@@ -182,7 +183,7 @@ class NegationSet:
                 f"expected samples of shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x_t.shape)}; "
                 "encode the pictures again for this pipeline at this size: NegationSet.encode(images, pipe)"
             )
-        return posterior(x_t, self.latents, self.weights, level)
+        return posterior(x_t, placed(self, "latents", x_t.device), placed(self, "weights", x_t.device), level)
 
     def at(self, state: "DenoiseState") -> "NegationSet":
         """Itself: a set never changes."""

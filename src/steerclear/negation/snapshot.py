@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch
 from steerclear.negation import database, vectors
+from steerclear.negation.placement import placed
 from steerclear.negation.posterior import Posterior, posterior
 from steerclear.negation.space import Space
 from steerclear.noise import NoiseLevel
@@ -140,19 +141,20 @@ class Snapshot:
             )
         if not self._end:
             raise InvalidInput("posterior: expected at least one item in the store, got none; guards do nothing then")
-        points, weights = self._on(x_t.device)
+        points, weights = (placed(self, name, x_t.device) for name in ("_points", "_point_weights"))
         return posterior(x_t, points, weights, level)
 
     def at(self, state: "DenoiseState") -> "Snapshot":
         """Itself."""
         return self
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Points and weights up to the last live row on a device, moved there once."""
-        known: dict[torch.device, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_placed", {})
-        if device not in known:
-            known[device] = (self.points[: self._end].to(device), self.point_weights[: self._end].to(device))
-        return known[device]
+    @property
+    def _points(self) -> Tensor:
+        return self.points[: self._end]
+
+    @property
+    def _point_weights(self) -> Tensor:
+        return self.point_weights[: self._end]
 
     def _live(self, column: list[str]) -> tuple[str, ...]:
         if len(self.rows) == len(self.point_weights):
