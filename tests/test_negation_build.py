@@ -156,6 +156,23 @@ def test_names_that_are_there_twice_are_told_apart(tmp_path):
         ]
 
 
+def test_names_that_no_database_takes_are_escaped(tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "long").mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(picture(0))
+    deep = folder.joinpath(*["d" * 200] * 6)
+    deep.mkdir(parents=True)
+    (deep / "a.png").write_bytes(picture(1))
+    (deep / "b.png").write_bytes(picture(2))
+    built = build_many(folder, tmp_path / "bad.negation", load())
+    with NegationStore.open(tmp_path / "bad.negation") as store:
+        names = store.ids()
+    assert built.items == len(names) == 3
+    assert names[-1] == "\\udcff.png"
+    assert names[1] == f"{names[0]} (2)"
+
+
 # -- the same bytes ---------------------------------------------------------------------------------------------------
 
 

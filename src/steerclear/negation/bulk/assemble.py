@@ -12,7 +12,7 @@ from torch import Tensor
 from steerclear.errors import InvalidInput, NegationFileError, SteerclearError
 from steerclear.files.tensors import MAX_HEADER
 from steerclear.negation.bulk import parts
-from steerclear.negation.bulk.entries import Chunk
+from steerclear.negation.bulk.entries import Chunk, clean
 from steerclear.negation.images import Skip
 from steerclear.negation.sets import NegationSet
 from steerclear.negation.space import Space
@@ -31,6 +31,11 @@ class Notes(NamedTuple):
 
     provenance: str | None = None
     licence: str = ""
+
+    @classmethod
+    def of(cls, provenance: str | None, licence: str) -> "Notes":
+        """Notes that a store takes: better cut than refused when everything is encoded."""
+        return cls(None if provenance is None else clean(provenance), clean(licence))
 
 
 class Item(NamedTuple):
@@ -132,7 +137,7 @@ def _into_store(out: Path, items: Iterator[Item], notes: Notes) -> int:
             store = store or NegationStore.create(draft, batch[0].space)
             store.add(
                 _set(batch),
-                provenance=[item.source if notes.provenance is None else notes.provenance for item in batch],
+                provenance=[clean(item.source) if notes.provenance is None else notes.provenance for item in batch],
                 licence=[item.licence or notes.licence for item in batch],
             )
             number += len(batch)

@@ -126,7 +126,7 @@ def build_many(
     target, shard = Path(out), shard or own_shard()
     chunks = tuple(cut(sources.entries(source, label=label, root=root)))
     assemble.check(target, chunks)
-    folder, notes = target.parent / f"{target.name}.build", assemble.Notes(provenance, licence)
+    folder, notes = target.parent / f"{target.name}.build", assemble.Notes.of(provenance, licence)
     mine = [(index, chunks[index]) for index in shard.span(len(chunks))]
     job = partial(Worker, folder.absolute(), load or (lambda: encoder), None if root is None else Path(root).absolute())
     total = sum(len(chunk) for _, chunk in mine)

@@ -45,6 +45,11 @@ class Entry(NamedTuple):
 Chunk: TypeAlias = tuple[Entry, ...]
 
 
+def clean(text: str) -> str:
+    """Text that every file and database takes: bytes that are no text as escapes, no NUL, not too long."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "")[:MAX_TEXT]
+
+
 def cut(entries: Iterable[Entry]) -> Iterator[Chunk]:
     """Neighbours that are made together: at most 64, at most 64 MiB if there are several, of one Parquet row group."""
     chunk: list[Entry] = []

@@ -12,7 +12,7 @@ from PIL import Image
 
 from steerclear.errors import InvalidInput
 from steerclear.negation.bulk import tars
-from steerclear.negation.bulk.entries import Entry
+from steerclear.negation.bulk.entries import Entry, clean
 from steerclear.negation.images import find_images
 
 Place: TypeAlias = str | os.PathLike[str]
@@ -42,8 +42,14 @@ def entries(source: Place | Iterable[Place], *, label: str | None = None, root: 
     places = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not places:
         raise InvalidInput("build: expected a folder, a pattern or a file, got an empty list")
-    listed = list(chain.from_iterable(_listed(place, root) for place in places))
-    return listed if label is None else [entry._replace(label=label) for entry in listed]
+    return [
+        entry._replace(
+            id=clean(entry.id),
+            label=clean(entry.label if label is None else label),
+            licence=clean(entry.licence),
+        )
+        for entry in chain.from_iterable(_listed(place, root) for place in places)
+    ]
 
 
 def _listed(place: Place, root: Place | None) -> Iterator[Entry]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from PIL import Image
 
 from steerclear.errors import NegationFileError
-from steerclear.negation.bulk.entries import MAX_TEXT, Entry
+from steerclear.negation.bulk.entries import Entry, clean
 
 MAX_HEADER, MAX_NOTE = 1 << 20, 1 << 20
 Member = tuple[str, str, tarfile.TarInfo]  # key, extension, where
@@ -93,11 +93,10 @@ def _check_end(raw: BinaryIO, offset: int, size: int) -> None:
 
 def _sample(file: Path, key: str, members: list[Member], handle: int) -> Iterator[Entry]:
     notes = _notes(members, handle)
-    name = f"{file.stem}/{key}"[:MAX_TEXT]
-    made = Entry(_clean(name), notes.get("label", ""), notes.get("licence", ""), str(file), _clean(key))
+    made = Entry(f"{file.stem}/{key}", notes.get("label", ""), notes.get("licence", ""), str(file), clean(key))
     found = 0
     for _, extension, member in members:
-        inside = made._replace(inside=_clean(member.name), offset=member.offset_data, size=member.size)
+        inside = made._replace(inside=clean(member.name), offset=member.offset_data, size=member.size)
         if not member.isreg() or member.issparse():
             found += 1
             yield inside._replace(size=0, trouble="a link, device or sparse file")
@@ -121,13 +120,8 @@ def _notes(members: list[Member], handle: int) -> dict[str, str]:
     said = said if isinstance(said, dict) else {}
     label = said.get("label", texts.get("cls", texts.get("txt", "")))
     licence = said.get("licence", said.get("license", ""))
-    return {name: _clean(str(v))[:MAX_TEXT] for name, v in (("label", label), ("licence", licence)) if _plain(v)}
+    return {name: str(v) for name, v in (("label", label), ("licence", licence)) if _plain(v)}
 
 
 def _plain(value: object) -> bool:
     return isinstance(value, str | int | float)
-
-
-def _clean(text: str) -> str:
-    """Without what no file can store: bytes that are no text."""
-    return text.encode("utf-8", "replace").decode()
