@@ -59,10 +59,12 @@ def test_a_table_of_paths_to_a_store(steerclear, picture_folder, model_folder, t
 
 def test_kept_parts_are_used_by_the_next_build(steerclear, shards, model_folder, tmp_path):
     words = ("-o", tmp_path / "bad.safetensors", "--model", model_folder, "--keep-parts", "--json")
+    words += ("--parts", tmp_path / "parts")
     encoded = [
         json.loads(steerclear("negate", "build", *some, *words).stdout)["build"]["encoded"]
         for some in ((shards / "bad-0.tar",), (shards / "bad-0.tar", shards / "bad-1.tar"))
     ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors", "parts"]
     assert encoded == [3, 1]  # the repeated picture was known, too
 
 

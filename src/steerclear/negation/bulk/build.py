@@ -79,6 +79,7 @@ def build_many(
     workers: int = 1,
     ray: bool = False,
     shard: Shard | None = None,
+    parts: Place | None = None,
     keep: bool = False,
     timeout: float = 1800.0,
     progress: bool = True,
@@ -92,7 +93,7 @@ def build_many(
         source: A folder of pictures, Parquet or tar files (WebDataset); see
             :func:`steerclear.negation.bulk.sources.entries`.
         out: ``NAME.safetensors``, replaced if it exists, or ``NAME.negation`` for a new store. The finished parts lie
-            in ``<out>.build/`` until the set is whole; several machines must share it.
+            in a folder of their own until the set is whole.
         encoder: A pipeline or an :class:`~steerclear.negation.Encoder`; only for a single worker.
         load: Returns it, once per worker; with several workers a module-level function or a partial of one, and the
             script needs ``if __name__ == "__main__":``.
@@ -104,7 +105,9 @@ def build_many(
         ray: Use Ray Data (``pip install 'steerclear[ray]'``).
         shard: Make only this share; by default that of this rank under torchrun, else all. The first one waits for
             the others and puts the set together.
-        keep: Leave the parts of this set in ``<out>.build/``, so that a later build encodes only what is new.
+        parts: Folder of the finished parts, ``<out>.build/`` by default; several machines must share it. Nothing else
+            should be in it.
+        keep: Leave the parts of this set there, so that a later build encodes only what is new.
         timeout: Seconds without any new part after which the first rank gives the others up.
         progress: Show a bar.
 
@@ -126,7 +129,8 @@ def build_many(
     target, shard = Path(out), shard or own_shard()
     chunks = tuple(cut(sources.entries(source, label=label, root=root)))
     assemble.check(target, chunks)
-    folder, notes = target.parent / f"{target.name}.build", assemble.Notes.of(provenance, licence)
+    folder = target.parent / f"{target.name}.build" if parts is None else Path(parts)
+    notes = assemble.Notes.of(provenance, licence)
     mine = [(index, chunks[index]) for index in shard.span(len(chunks))]
     job = partial(Worker, folder.absolute(), load or (lambda: encoder), None if root is None else Path(root).absolute())
     total = sum(len(chunk) for _, chunk in mine)

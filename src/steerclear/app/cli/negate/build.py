@@ -43,7 +43,8 @@ With --prompt the model draws the pictures itself, so that nobody has to keep an
 @click.option("--ray", is_flag=True, help="Use Ray Data; see pip install 'steerclear[ray]'.")
 @click.option("--timeout", type=click.FloatRange(0), default=1800.0, show_default=True, metavar="S",
               help="Under torchrun: seconds without any new part before other ranks are given up.")  # fmt: skip
-@click.option("--keep-parts", is_flag=True, help="Leave OUT.build/, so that a later build encodes only what is new.")
+@click.option("--parts", type=options.FOLDER, help="Folder of finished parts, which ranks share. Default: OUT.build/.")
+@click.option("--keep-parts", is_flag=True, help="Leave them there, so that a later build encodes only what is new.")
 @click.option("--skipped", type=options.FILE, help="Write what was left out, and why, as JSON lines.")
 @click.option("-o", "--out", type=options.SET, required=True, help="NAME.safetensors, or NAME.negation for a store.")
 @options.model
@@ -76,6 +77,7 @@ def _encoded(sources: tuple[str, ...], out: Path, as_json: bool, rest: dict[str,
         root=rest["root"],
         workers=rest["workers"],
         ray=rest["ray"],
+        parts=rest["parts"],
         keep=rest["keep_parts"],
         timeout=rest["timeout"],
     )
