@@ -24,6 +24,7 @@ from steerclear.guards import (
     SeenPosterior,
     SeenReferences,
     Shield,
+    Subspace,
     TrackedRelease,
     TwoSample,
     calibrate,
@@ -295,6 +296,16 @@ def test_weights_whose_references_were_made_once_refuse_to_follow(store):
         with pytest.raises(UnsoundCombination, match=r"Give store.snapshot\(\)"):
             SafeDenoiser(negation=store.live(), weight=weight)
         SafeDenoiser(negation=store.snapshot(), weight=weight)
+
+
+def test_a_subspace_made_of_other_items_stops_the_next_request(store):
+    subspace = Subspace.principal(drawn(6), SAFE, 4)
+    weight = TwoSample(safe=SAFE, bandwidth=3.0, subspace=subspace)
+    guard = SafeDenoiser(negation=store.live(), weight=weight)
+    assert torch.equal(acted(guard), acted(SafeDenoiser(negation=drawn(6), weight=weight)))
+    store.add(drawn(1, 1))
+    with pytest.raises(UnsoundCombination, match="made from another negation set"):
+        guard(X, step(X))
 
 
 def test_what_is_made_of_a_live_set_once_reads_it_at_one_moment(store):

@@ -593,3 +593,27 @@ def test_sizes_in_the_database_are_not_believed(folder):
     assert connection.getlimit(sqlite3.SQLITE_LIMIT_ATTACHED) == 0
     assert connection.execute("PRAGMA trusted_schema").fetchone() == (0,)
     assert connection.execute("PRAGMA cell_size_check").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("writer_stays", [False, True])
+def test_a_reader_that_cannot_write_beside_the_database_follows_all_the_same(folder, monkeypatch, writer_stays):
+    """In such a folder the log can neither be made nor is it there while nobody writes: the file is read as it lies."""
+    real = database._opened
+
+    def limited(path, query, timeout):
+        if query == "mode=ro" and not path.with_name("items.sqlite-wal").exists():
+            raise sqlite3.OperationalError("unable to open database file")
+        return real(path, query, timeout)
+
+    monkeypatch.setattr(database, "_opened", limited)
+    with NegationStore.open(folder, readonly=True) as store:
+        live = store.live()
+        assert len(live) == len(store.items()) == 5
+        assert live.current is live.current
+        for k in range(1, 4):
+            writer = NegationStore.open(folder)
+            writer.add(drawn(1, k))
+            assert len(live) == len(store.items()) == 5 + k
+            if not writer_stays:
+                writer.close()
+            assert len(live) == len(store.items()) == store.verify().items == 5 + k

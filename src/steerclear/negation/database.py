@@ -103,7 +103,25 @@ LIVE = {
 }
 
 
-def connect(folder: Path, *, readonly: bool, timeout: float) -> sqlite3.Connection:
+class Connection(sqlite3.Connection):
+    """A connection, and whether it can see what others write.
+
+    Args:
+        stamp: ``None`` if it can. In a folder that this process cannot write to, the log beside the database may be
+            missing and cannot be made: then the file is read as it lies, and this is what it looked like when it was
+            opened. Whoever finds another :func:`stamp_of` has to open it again.
+    """
+
+    stamp: tuple[int, ...] | None = None
+
+
+def stamp_of(folder: Path) -> tuple[int, ...]:
+    """What changes about the files of a store when somebody writes to it."""
+    file, around = (folder / NAME).stat(), folder.stat()
+    return file.st_ino, file.st_size, file.st_mtime_ns, around.st_mtime_ns, int((folder / (NAME + "-wal")).exists())
+
+
+def connect(folder: Path, *, readonly: bool, timeout: float) -> Connection:
     """Open the database of a store; its schema has been checked.
 
     Raises:
@@ -123,10 +141,12 @@ def connect(folder: Path, *, readonly: bool, timeout: float) -> sqlite3.Connecti
         try:
             return _opened(path, "mode=ro" if readonly else "mode=rw", timeout)
         except sqlite3.OperationalError:
-            # A folder that nobody can write to: the log beside the database cannot be made, and is not needed.
             if not readonly or (folder / (NAME + "-wal")).exists():
                 raise
-            return _opened(path, "mode=ro&immutable=1", timeout)
+            stamp = stamp_of(folder)
+            connection = _opened(path, "mode=ro&immutable=1", timeout)
+            connection.stamp = stamp
+            return connection
 
 
 def make(folder: Path, head: Head) -> None:
@@ -146,9 +166,10 @@ def make(folder: Path, head: Head) -> None:
         connection.close()
 
 
-def _opened(path: Path, query: str, timeout: float) -> sqlite3.Connection:
+def _opened(path: Path, query: str, timeout: float) -> Connection:
     uri = f"{path.absolute().as_uri()}?{query}"
-    connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
+    options: dict[str, Any] = {"uri": True, "isolation_level": None, "check_same_thread": False, "factory": Connection}
+    connection = cast("Connection", sqlite3.connect(uri, timeout=timeout, **options))
     try:
         _configured(connection, readonly="mode=ro" in query)
         found = connection.execute("SELECT type, sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9").fetchall()
@@ -175,7 +196,7 @@ def _configured(connection: sqlite3.Connection, *, readonly: bool) -> sqlite3.Co
 
 
 @contextmanager
-def transaction(folder: Path, connection: sqlite3.Connection, *, write: bool) -> Generator[Head]:
+def transaction(folder: Path, connection: Connection, *, write: bool) -> Generator[Head]:
     """One consistent view, or one change that happens as a whole; ``head`` has been checked.
 
     Raises:
@@ -186,6 +207,8 @@ def transaction(folder: Path, connection: sqlite3.Connection, *, write: bool) ->
         try:
             yield head_of(folder, connection)
             connection.execute("COMMIT")
+            if connection.stamp not in (None, stamp_of(folder)):
+                raise NegationFileError(f"{folder}: expected no change while it was read, got one; read it again")
         except BaseException:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")

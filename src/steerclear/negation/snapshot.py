@@ -1,7 +1,6 @@
 """A negation store at one moment, and the reader that moves from one moment to the next at the cost of the change."""
 
 import os
-import sqlite3
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -177,7 +176,7 @@ class Reader:
 
     def _connect(self) -> None:
         self._process = os.getpid()
-        self._connection: sqlite3.Connection = database.connect(self.folder, readonly=True, timeout=self.timeout)
+        self._connection = database.connect(self.folder, readonly=True, timeout=self.timeout)
         self._file = self._identity()
         self._version: int | None = None
         self._current: Snapshot | None = None
@@ -198,8 +197,9 @@ class Reader:
             compaction the metadata of all rows.
         """
         with self._lock, database.translated(self.folder):
-            if os.getpid() != self._process:
-                self._connect()  # a connection must not be carried over a fork
+            stamp = self._connection.stamp
+            if os.getpid() != self._process or (stamp is not None and stamp != database.stamp_of(self.folder)):
+                self._connect()  # not carried over a fork, and not kept where it cannot see a change
             if self._identity() != self._file:
                 raise NegationFileError(
                     f"{self.folder}: expected the store that was opened, got another in its place; open it again"

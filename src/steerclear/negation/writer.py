@@ -74,7 +74,7 @@ class Writer:
     """
 
     def __init__(self, path: Path, *, readonly: bool, timeout: float) -> None:
-        self.path, self.readonly = path, readonly
+        self.path, self.readonly, self.timeout = path, readonly, timeout
         self.connection = database.connect(path, readonly=readonly, timeout=timeout)
         self.lock = threading.RLock()
         self._vectors: tuple[int, int] | None = None
@@ -88,8 +88,12 @@ class Writer:
     @contextmanager
     def reading(self) -> Generator[Head]:
         """The store between two changes."""
-        with self.lock, database.transaction(self.path, self.connection, write=False) as head:
-            yield head
+        with self.lock:
+            if self.connection.stamp is not None:  # it sees no changes: look at the file as it is now
+                self.connection.close()
+                self.connection = database.connect(self.path, readonly=True, timeout=self.timeout)
+            with database.transaction(self.path, self.connection, write=False) as head:
+                yield head
 
     @contextmanager
     def changing(self) -> Generator[Head]:
