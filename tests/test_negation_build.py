@@ -431,6 +431,24 @@ def test_nothing_that_can_be_used_is_an_error(tmp_path):
         assert not (tmp_path / name).exists()
 
 
+def test_a_target_that_is_no_file_is_refused_before_anything_is_encoded(source, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for out in (tmp_path, tmp_path / "link"):
+        with pytest.raises(InvalidInput, match="expected the name of a file, or of a new store"):
+            build_many(source, out, Counting([], fail_at=0))
+
+
+def test_a_folder_of_parts_keeps_what_is_not_of_a_build(source, whole, tmp_path):
+    models = tmp_path / "models" / "0123456789abcdef"
+    models.mkdir(parents=True)
+    for name in ("model.safetensors", ".hidden.tmp"):
+        (models / name).write_bytes(b"dear to somebody")
+    (models / f".{32 * '0'}.safeten.0123.tmp").write_bytes(b"what a kill left")
+    build_many(source, tmp_path / "bad.safetensors", load(), parts=tmp_path / "models")
+    assert sorted(path.name for path in models.iterdir()) == [".hidden.tmp", "model.safetensors"]
+    assert sha256(tmp_path / "bad.safetensors") == sha256(whole)
+
+
 def test_a_missing_folder_is_an_error_before_anything_is_encoded(source, tmp_path):
     with pytest.raises(InvalidInput, match="create it first"):
         build_many(source, tmp_path / "missing" / "a.safetensors", Counting([], fail_at=0))

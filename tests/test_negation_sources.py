@@ -114,6 +114,12 @@ def test_an_empty_list_is_an_error():
         entries([])
 
 
+def test_a_source_without_a_picture_is_an_error(tmp_path):
+    pq.write_table(pa.table({"bytes": pa.array([], pa.binary())}), tmp_path / "a.parquet")
+    with pytest.raises(InvalidInput, match=r"at least one picture in .*a\.parquet, got none"):
+        entries(tmp_path / "a.parquet")
+
+
 def test_a_picture_that_went_away_is_left_out(tmp_path):
     (tmp_path / "a.png").write_bytes(PICTURE)
     (tmp_path / "b.png").write_bytes(PICTURE)

@@ -54,7 +54,8 @@ def check(out: Path, chunks: Sequence[Chunk]) -> None:
     """Before anything is encoded: can the target hold this?
 
     Raises:
-        InvalidInput: If the folder is missing, the store exists, or a file's header cannot hold that many names.
+        InvalidInput: If the folder is missing, the target is no file or an existing store, or a file's header cannot
+            hold that many names.
     """
     if not out.parent.is_dir():
         raise InvalidInput(f"{out}: expected an existing folder, got {out.parent}; create it first")
@@ -62,6 +63,8 @@ def check(out: Path, chunks: Sequence[Chunk]) -> None:
         if out.exists():
             raise InvalidInput(f"{out}: expected a new name, got one that is taken; add to it, or build another one")
         return
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise InvalidInput(f"{out}: expected the name of a file, or of a new store, NAME{SUFFIX}, got something else")
     size = sum(len(entry.id) + len(entry.label) + 83 for chunk in chunks for entry in chunk)
     if size > MAX_HEADER // 2:
         raise InvalidInput(

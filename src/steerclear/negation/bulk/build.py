@@ -23,6 +23,9 @@ from steerclear.negation.bulk.work import Load, Made, Worker
 from steerclear.negation.images import Skip
 from steerclear.workers import Shard, in_processes, on_ray
 
+#: What a build leaves in its folder: parts, notes of ranks, and what a kill left of them.
+_OURS = re.compile(r"[0-9a-f]{16}/\.?[0-9a-f]{32}\.saf.*|ranks/\.?[0-9a-f]{16}-\d+-of-\d+\.json.*")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
@@ -192,8 +195,9 @@ def _all_ranks(board: Board, shard: Shard, found: dict[int, str], timeout: float
 
 def _sweep(folder: Path, kept: set[str]) -> None:
     """Removes what a build left behind, and nothing else: parts that the set is not made of hold pictures too."""
-    for path in (*folder.glob("*/*.safetensors"), *folder.glob("ranks/*.json"), *folder.glob("*/.*.tmp")):
-        if path.relative_to(folder).as_posix() not in kept:
+    for path in folder.glob("*/*"):
+        name = path.relative_to(folder).as_posix()
+        if _OURS.fullmatch(name) and name not in kept:
             path.unlink(missing_ok=True)
     for place in (*folder.glob("*/"), folder):
         try:

@@ -42,7 +42,7 @@ def entries(source: Place | Iterable[Place], *, label: str | None = None, root: 
     places = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not places:
         raise InvalidInput("build: expected a folder, a pattern or a file, got an empty list")
-    return [
+    listed = [
         entry._replace(
             id=clean(entry.id),
             label=clean(entry.label if label is None else label),
@@ -50,6 +50,9 @@ def entries(source: Place | Iterable[Place], *, label: str | None = None, root: 
         )
         for entry in chain.from_iterable(_listed(place, root) for place in places)
     ]
+    if not listed:
+        raise InvalidInput(f"build: expected at least one picture in {', '.join(map(str, places[:3]))}, got none")
+    return listed
 
 
 def _listed(place: Place, root: Place | None) -> Iterator[Entry]:
