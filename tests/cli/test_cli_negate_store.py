@@ -61,6 +61,8 @@ def test_a_store_is_changed_verified_compacted_and_exported(steerclear, bad, mod
     sheet = tmp_path / "sheet.png"
     steerclear("negate", "inspect", bad, "--sheet", sheet, "--images", picture_folder)
     assert sheet.exists()
+    steerclear("negate", "inspect", bad, "--sheet", tmp_path / "decoded.png", "--model", model_folder)
+    assert (tmp_path / "decoded.png").exists()
 
 
 def test_a_damaged_store_does_not_verify(steerclear, bad):

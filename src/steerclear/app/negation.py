@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def is_store(path: Path) -> bool:
 
 
 def load(path: Path) -> NegationSet:
-    """All items, as they are now.
+    """All items as they are now, in float32.
 
     Raises:
         NegationFileError: If there is no set that can be read.
@@ -31,7 +32,8 @@ def load(path: Path) -> NegationSet:
     if not is_store(path):
         return NegationSet.load(path)
     with NegationStore.open(path, readonly=True) as store:
-        return store.to_set()
+        items = store.to_set()
+        return replace(items, latents=items.latents.float())
 
 
 def followed(path: Path) -> Items:

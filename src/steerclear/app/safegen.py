@@ -11,6 +11,7 @@ import torch
 
 from steerclear import zoo
 from steerclear.app.files import write_json
+from steerclear.app.negation import load
 from steerclear.app.pictures import Cell, png, sheet, to_pixels
 from steerclear.errors import InvalidInput
 from steerclear.files import write_atomic
@@ -79,10 +80,10 @@ class Source:
             policy: Policy = zoo.joined(self.policies)
             return policy.negation, policy.safe
         assert self.safe is not None  # noqa: S101  (checked above)
-        first, *others = (NegationSet.load(path) for path in self.negation)
+        first, *others = (load(path) for path in self.negation)
         for other in others:
             first = first.add(other)
-        return first, NegationSet.load(self.safe)
+        return first, load(self.safe)
 
 
 def run(

@@ -44,8 +44,8 @@ your own model: docs/safegen.md."""
 @click.argument("folder", type=options.FOLDER, required=False)
 @click.option("-o", "--out", type=options.FOLDER, required=True, help="Folder to write.")
 @click.option("--policy", "policies", multiple=True, metavar="NAME", help="Shipped policy to remove; repeatable.")
-@click.option("--negation", multiple=True, type=options.FILE, help="Own set of what to remove; repeatable.")
-@click.option("--safe", type=options.FILE, help="Own set of what to keep, for --negation.")
+@click.option("--negation", multiple=True, type=options.SET, help="Own set of what to remove; repeatable.")
+@click.option("--safe", type=options.SET, help="Own set of what to keep, for --negation.")
 @click.option("--draw", multiple=True, metavar="PROMPT", help="Let the model draw more unsafe pictures; repeatable.")
 @click.option("-n", "--n", "count", type=click.IntRange(1), default=8, show_default=True, help="Pictures per --draw.")
 @click.option(
