@@ -44,6 +44,8 @@ TAME = 0.5
 WHOLE = 0.4
 #: Share of the tolerance for clusters that are not looked at, and share that is left for rounding.
 UNSEEN, ROUNDING = 0.05, 0.05
+#: Share of a weighted sum that may be left out; counted as an error of the mean.
+NEGLIGIBLE = 1e-5
 #: Exponents beyond it are infinite for every purpose here.
 HUGE = 700.0
 
@@ -318,7 +320,7 @@ class Query:
             mean=mean,
             log_evidence=top + math.log(total),
             evidence_error=-math.log1p(-share) if share < 1.0 else math.inf,
-            mean_error=away * unit / total,
+            mean_error=(away + NEGLIGIBLE * float(guess.sum()) * t.furthest / scale) * unit / total,
             rows=int(bounds.members[read].sum()) + (0 if sample is None else len(sample.rows)),
             proven=sample is None,
         )
@@ -356,7 +358,8 @@ class Query:
 
     def weighted(self, of: Any, weights: Array, which: NDArray[np.int64]) -> Array:  # noqa: ANN401
         """``weights @ of[which]``, flat."""
-        used = np.flatnonzero(np.abs(weights) > 1e-12 * np.abs(weights).sum())
+        sizes = np.abs(weights)
+        used = np.flatnonzero(sizes * len(sizes) > NEGLIGIBLE * sizes.sum())
         rows, values = which[used], weights[used].astype(np.float32)
         x = fused.chunked(self.x)[0]
 
