@@ -129,7 +129,7 @@ class IndexedSet:
             for b in range(len(narrow))
         ]
         # Of the rows that were cut, some may have gone.
-        constant = constant + self.partition.log_mass.logsumexp(0)
+        constant = constant + self.partition.log_alive
         evidence = torch.tensor([each.log_evidence for each in found], dtype=torch.float64) - constant
         mean = torch.stack([torch.from_numpy(each.mean) for each in found]) if found else x
         numbers = (torch.tensor([each[i] for each in found], device=x_t.device) for i in range(2, 6))
@@ -142,10 +142,8 @@ class IndexedSet:
     def _with_fresh(self, own: Certified, x_t: Tensor, level: NoiseLevel, points: Tensor, weights: Tensor) -> Certified:
         """Two mixtures make one, by the weights that they have."""
         mean, evidence = posterior(x_t, points, weights, level)
-        sizes = torch.stack(
-            [self.partition.log_mass.logsumexp(0) + self.partition.log_total, weights.double().sum().log()]
-        )
-        sizes = sizes - sizes.logsumexp(0)
+        cut, fresh = math.exp(self.partition.log_alive + self.partition.log_total), float(weights.double().sum())
+        sizes = torch.tensor([cut, fresh], dtype=torch.float64).log() - math.log(cut + fresh)
         parts = torch.stack([own.posterior.log_evidence, evidence]) + sizes[:, None]
         together = parts.logsumexp(0)
         share = (parts - together).exp()

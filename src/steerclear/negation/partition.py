@@ -162,6 +162,11 @@ class Partition:
         )
 
     @cached_property
+    def log_alive(self) -> float:
+        """Logarithm of the share of the weights that is still there."""
+        return float(self.log_mass.logsumexp(0))
+
+    @cached_property
     def _position(self) -> Tensor:
         return self.order.argsort()
 
