@@ -119,15 +119,14 @@ class Plan(NamedTuple):
     Args:
         read: Positions of clusters that are read.
         tame: Clusters that are left to samples.
-        rows: How many rows each of them is sampled by: 0 where so little is at stake that ten times what is expected of
-            all these together, ``slack``, counts as their error.
-        slack: See there.
+        rows: How many rows each of these is sampled by; 0 where it was not drawn.
+        chance: With which probability it was drawn.
     """
 
     read: NDArray[np.int64]
     tame: NDArray[np.bool_]
     rows: NDArray[np.int64]
-    slack: float
+    chance: Array
 
 
 class Sample(NamedTuple):
@@ -135,7 +134,6 @@ class Sample(NamedTuple):
 
     Args:
         tame: Which clusters it speaks for.
-        slack: Of those that no row was spent on.
         rest: Estimate of the evidence above the lower bound.
         error: Its standard error.
         pull: Weight of the displacements from the centroid, so that weighted sums of rows stand for weighted means.
@@ -145,7 +143,6 @@ class Sample(NamedTuple):
     """
 
     tame: NDArray[np.bool_]
-    slack: float
     rest: Array
     error: Array
     pull: Array
@@ -228,20 +225,19 @@ class Query:
         read = _first(np.where(tame, 0.0, self._worst(bounds)), bounds.members, proof * total)
         expected = bounds.lower * typical * np.maximum(1.2 * typical, np.sqrt(spread) / self.partition.scale)
         expected = np.where(tame, expected, 0.0)
-        order = np.argsort(expected)
-        slack = np.cumsum(10 * expected[order])
-        sampled = np.zeros(len(order), bool)
-        sampled[order[slack > 0.05 * tolerance * total]] = True
-        # The fewest rows for a given error: as many of each cluster as its share of what is expected.
-        fewest = np.ceil(expected * expected.sum() * (DEVIATIONS / (chance * total)) ** 2)
-        rows = np.maximum(fewest, np.where(bounds.lower > SHARE * total, MANY, 1))
-        rows = np.where(tame & sampled, np.minimum(rows, bounds.members), 0).astype(np.int64)
+        # The fewest rows for a given error: as many of each cluster as its share of what is expected, and of clusters
+        # whose share is less than a row, some, drawn by lot.
+        fewest = expected * expected.sum() * (DEVIATIONS / (chance * total)) ** 2
+        fewest *= max(1.0, MANY / max(fewest.sum(), 1e-300))
+        fewest = np.maximum(fewest, np.where(tame & (bounds.lower > SHARE * total), MANY, 0))
+        drawn = self.table.lot[bounds.clusters] < fewest
+        rows = np.where(drawn, np.minimum(np.ceil(fewest), bounds.members), 0).astype(np.int64)
         whole = rows == bounds.members
         return Plan(
-            read=np.union1d(read, np.flatnonzero(whole)),
-            tame=tame & ~whole,
-            rows=np.where(whole, 0, rows),
-            slack=float(10 * expected[~sampled].sum()),
+            read=np.union1d(read, np.flatnonzero(whole & (fewest >= 1.0))),
+            tame=tame & ~(whole & (fewest >= 1.0)),
+            rows=np.where(whole & (fewest >= 1.0), 0, rows),
+            chance=np.minimum(fewest, 1.0),
         )
 
     def _norm(self, bounds: Bounds) -> float:
@@ -270,19 +266,19 @@ class Query:
         spread = t.spread[bounds.clusters[owner]]
         z = np.minimum(p * (bounds.squared[owner] - squared) + p * a * a * spread, HUGE)
         # Rows are drawn evenly, so that each stands for its weight times the cluster's count.
-        each = bounds.lower[owner] / plan.rows[owner]
+        each = bounds.lower[owner] / (plan.rows[owner] * plan.chance[owner])
         each *= np.exp(t.log_weights[rows] - t.log_mass[bounds.clusters[owner]]) * bounds.members[owner]
         rest, pull = each * np.maximum(np.expm1(z) - z, 0.0), each * np.expm1(z)
         size = len(bounds.clusters)
         kept = np.zeros(size)
-        kept[picked] = 1.0 - plan.rows[picked] / bounds.members[picked]  # of a finite cluster, less is left to chance
+        # Of a finite cluster that was sure to be drawn, less is left to chance.
+        kept[picked] = np.where(plan.chance[picked] < 1.0, 1.0, 1.0 - plan.rows[picked] / bounds.members[picked])
 
         def summed(values: Array) -> Array:
             return np.bincount(owner, values, size).astype(np.float64)
 
         return Sample(
             tame=plan.tame,
-            slack=plan.slack,
             rest=summed(rest),
             error=np.sqrt(kept * summed(rest**2)),
             pull=summed(pull),
@@ -312,9 +308,9 @@ class Query:
         error, away = (float(each[bounded].sum()) for each in self.errors(bounds, norm))
         error, away = error + bounds.beyond, away + bounds.beyond * (t.furthest + norm) / scale
         if sample is not None:
-            error += DEVIATIONS * math.sqrt(float((sample.error**2).sum())) + sample.slack
+            error += DEVIATIONS * math.sqrt(float((sample.error**2).sum()))
             moved = (sample.error * (bounds.norm + norm)) ** 2 + sample.drift**2
-            away += DEVIATIONS * math.sqrt(float(moved.sum())) / scale + sample.slack
+            away += DEVIATIONS * math.sqrt(float(moved.sum())) / scale
         share = error * unit / total
         return Found(
             mean=mean,

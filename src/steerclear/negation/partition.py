@@ -54,6 +54,7 @@ class Partition:
         basis: Orthonormal directions of largest variance, ``(D, k)``.
         seen: Centroids along them, ``(M, k)``.
         unseen: Norm of what they miss of each centroid, ``(M,)``.
+        lot: Uniform in [0, 1), drawn once: which clusters a sample of few rows is taken from, ``(M,)``.
         scale: Root mean square norm of the rows.
         log_total: Logarithm of the sum of the weights that ``log_weights`` and ``log_mass`` are shares of.
     """
@@ -72,6 +73,7 @@ class Partition:
     basis: Tensor
     seen: Tensor
     unseen: Tensor
+    lot: Tensor
     scale: float
     log_total: float
 
@@ -129,6 +131,7 @@ class Partition:
             starts=starts,
             basis=basis,
             **_projected(moments["centroid"], basis),
+            lot=torch.rand(len(used), generator=draw, dtype=torch.float64),
             log_total=math.log(float(weights.double().sum())),
             scale=float((norms.double() * log_weights.exp()).sum().sqrt()),
             **moments,
@@ -185,6 +188,7 @@ class Table(NamedTuple):
         seen_squared: Squared norms of the centroids along the leading directions.
         unseen, log_mass, spread, radius, widest, unevenness: As of the partition.
         norm: Of the centroids.
+        lot: As of the partition.
         starts: ``(M + 1,)``.
         count: Rows of each.
         furthest: The largest norm of any row.
@@ -202,6 +206,7 @@ class Table(NamedTuple):
     widest: Any
     unevenness: Any
     norm: Any
+    lot: Any
     starts: Any
     count: Any
     furthest: float
@@ -219,6 +224,7 @@ class Table(NamedTuple):
             offset=cut.offset.numpy(),
             seen_squared=cut.seen.double().square().sum(1).numpy(),
             norm=norm.numpy(),
+            lot=cut.lot.numpy(),
             starts=cut.starts.numpy(),
             count=cut.starts.diff().numpy(),
             furthest=float((norm + cut.radius).max()),
