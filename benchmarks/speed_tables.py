@@ -14,8 +14,10 @@ def read(name: str) -> dict[str, Any]:
 
 def exact() -> Iterator[str]:
     """One pass, the published computation and a pure read."""
-    yield "| items | batch | stored as | one pass, ms | pure read, ms | of a read | published, ms | times as fast | without Numba, ms |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield from heading(
+        "items", "batch", "stored as", "one pass, ms", "pure read, ms", "reads", "published, ms", "times as fast",
+        "without Numba, ms",
+    )  # fmt: skip
     for row in read("posterior")["rows"]:
         ms, faster = row["ms"], row.get("times as fast as published", {})
         for stored, reads in row["reads"].items():
@@ -35,8 +37,7 @@ def exact() -> Iterator[str]:
 
 def errors() -> Iterator[str]:
     """Against float64, of the values before they were stored."""
-    yield "| stored as | level | error of the mean | of the log-evidence, nats |"
-    yield "|---|---|---|---|"
+    yield from heading("stored as", "level", "error of the mean", "of the log-evidence, nats")
     for name, found in read("posterior")["errors, n = 3000"].items():
         stored, level = name.split(", ")
         yield f"| {stored} | {level} | {found['mean']:.1e} | {found['nats']:.1e} |"
@@ -44,8 +45,10 @@ def errors() -> Iterator[str]:
 
 def index() -> Iterator[str]:
     """The index along real trajectories."""
-    yield "| items | D | batch | clusters | rows read | index, ms a step | exact, ms | step of emoji-sd, ms | share of it | bounds held |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield from heading(
+        "items", "D", "batch", "clusters", "rows read", "index, ms a step", "exact pass, ms", "step of emoji-sd, ms",
+        "share of it", "bounds held",
+    )  # fmt: skip
     for row in read("index")["results"]:
         cells = [
             f"{row['n']:,}".replace(",", " "),
@@ -64,10 +67,14 @@ def index() -> Iterator[str]:
 
 def guards() -> Iterator[str]:
     """Every guard on images, per step."""
-    yield "| guard | items | batch | ms a step | of a step of emoji-sd |"
-    yield "|---|---|---|---|---|"
+    yield from heading("guard", "items", "batch", "ms a step", "of a step of emoji-sd")
     for row in read("guard_cost")["emoji-sd"]["rows"]:
         yield f"| {row['guard']} | {row['n']} | {row['batch']} | {short(row['ms'])} | {100 * row['share']:.2g} % |"
+
+
+def heading(*titles: str) -> Iterator[str]:
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + "---|" * len(titles)
 
 
 def short(milliseconds: float) -> str:

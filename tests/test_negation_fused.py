@@ -1,11 +1,14 @@
 """The compiled kernels against the equations typed in NumPy float64, at every storage precision and odd size."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from steerclear.negation import NegationSet, Space
 from steerclear.negation.posterior import posterior, squared_distances
 from steerclear.noise import NoiseLevel
 
@@ -148,3 +151,37 @@ def test_tensor_operations_agree(monkeypatch, rng):
     plain = posterior(x, y, w, NoiseLevel(0.5, 0.85))
     torch.testing.assert_close(compiled.mean, plain.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(compiled.log_evidence, plain.log_evidence, rtol=1e-9, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+@pytest.mark.parametrize("kernels", [True, False], ids=["compiled", "tensor operations"])
+def test_a_mapped_set_is_summed_where_it_lies(kernels, tmp_path, rng):
+    """A set of 128 MiB, in a process that may not have more than 48 MiB beyond what it has before."""
+    path = tmp_path / "big.safetensors"
+    latents = torch.randn(65_536, 1024, generator=rng)
+    names = tuple(map(str, range(len(latents))))
+    space = Space(encoder="x", shape=(1024,))
+    NegationSet(latents=latents, space=space, ids=names, digests=names).save(path)
+    script = f"""
+import resource, torch
+from steerclear.negation import NegationSet
+from steerclear.noise import NoiseLevel
+torch.set_num_threads(1)
+from steerclear.negation.posterior import posterior
+level = NoiseLevel(0.5, 0.9)
+if not {kernels}:
+    import steerclear.negation.posterior as module
+    module._compiled = lambda x, y: None
+items = NegationSet.load({str(path)!r}, mapped=True)
+posterior(torch.randn(2, 1024), torch.randn(2048, 1024).half(), torch.ones(2048), level)  # whatever is loaded late
+status = dict(line.split(":") for line in open("/proc/self/status"))
+now = int(status["VmData"].split()[0]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (now + (48 << 20), now + (48 << 20)))
+print(float(items.posterior(torch.zeros(2, 1024), level).log_evidence[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    squared = latents.half().double().square().sum(1) * 0.25
+    expected = (-squared / (2 * 0.81)).logsumexp(0) - math.log(65_536) - 512 * math.log(2 * math.pi * 0.81)
+    assert float(done.stdout) == pytest.approx(float(expected), abs=1e-3)
