@@ -1,10 +1,10 @@
 """Train emoji-clip: a small transformers CLIPModel for 64x64 emoji art and its names, keywords and group words.
 
-    python recipes/emoji_clip/train.py --build build/emoji-sd --minutes 30
+    python recipes/emoji_clip/train.py --build build/emoji-sd --icons build/emoji-clip --out build/emoji-clip
 
-Sees the art of the vendors in ``SEEN`` and no other; reports retrieval on the vendors in ``HELD_OUT``. The judge has
-weights, training and vendors of its own. Reads what ``recipes/emoji_sd`` left in the build folder (pictures, tokenizer,
-autoencoder). Checkpoints; run again to resume. Writes ``BUILD/emoji-clip``.
+Sees the art of the vendors in ``SEEN``, the icons that ``icons.py`` left, and no other; reports retrieval on the
+vendors in ``HELD_OUT``. The judge has weights, training and vendors of its own. Reads what ``recipes/emoji_sd`` left in
+the build folder (pictures, tokenizer, autoencoder). Checkpoints; run again to resume. Writes ``OUT/emoji-clip``.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SEEN = ("noto", "fluent-emoji-flat", "fluent-3d", "twemoji", "emojione")
 HELD_OUT = ("fxemoji", "streamline-emojis", "noto-v1", "fluent-emoji")
 #: Held out, and drawn unlike anything seen; the gradient edition of Fluent has the outlines of the flat one.
 UNSEEN = HELD_OUT[:3]
-BATCH, DRAWN_SHARE, RATE, DECAY, ROUND_TRIP = 64, 0.8, 1e-3, 0.05, 0.3
+BATCH, DRAWN_SHARE, RATE, DECAY, ROUND_TRIP, ICONS = 64, 0.8, 1e-3, 0.05, 0.3, 0.4
 #: Pictures are reduced to 48 pixels: 36 patches in place of 64, for nearly twice the pictures in the same time.
 SIZE, PATCH = 48, 8
 
@@ -118,10 +118,12 @@ class Batches:
     """
 
     def __init__(self, items: list[dict], drawn: list[str], rng: np.random.Generator) -> None:
-        self.rng, self.items, self.rows = rng, items, {}
+        self.rng, self.items, self.rows, self.icons = rng, items, {}, {}
         for i, item in enumerate(items):
             if item["vendor"] in SEEN:
                 self.rows.setdefault(item["name"], []).append(i)
+            elif item["vendor"] not in HELD_OUT and not any(word in item["name"] for word in BY_COLOUR):
+                self.icons.setdefault(item["name"], []).append(i)
         self.drawn = [name for name in drawn if name in self.rows]
         self.others = sorted(self.rows.keys() - set(drawn))
 
@@ -130,7 +132,11 @@ class Batches:
         rng, n_drawn = self.rng, round(BATCH * DRAWN_SHARE)
         names = [*rng.choice(self.drawn, n_drawn, replace=False)]
         names += [*rng.choice(self.others, BATCH - n_drawn, replace=False)]
-        rows = np.array([rng.choice(self.rows[name]) for name in names])
+        icons = rng.random(BATCH) < ICONS
+        lists = [
+            (self.icons if icon else {}).get(name) or self.rows[name] for name, icon in zip(names, icons, strict=True)
+        ]
+        rows = np.array([rng.choice(rows) for rows in lists])
         items = [self.items[i] for i in rows]
         groups = sorted({group for item in items for group in item["groups"]})
         groups = [str(word) for word in rng.choice(groups, min(len(groups), 6), replace=False)]
@@ -207,22 +213,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=Path("build/emoji-sd"))
     parser.add_argument("--out", type=Path, help="folder for checkpoint and model; the build folder unless given")
-    parser.add_argument("--minutes", type=float, default=14, help="of the processor, on one thread")
+    parser.add_argument("--icons", type=Path, default=Path("build/emoji-clip"), help="where icons.py wrote")
+    parser.add_argument("--minutes", type=float, default=21, help="of the processor, on one thread")
     args = parser.parse_args()
     out = args.out or args.build
     torch.set_num_threads(1)
     torch.manual_seed(0)
     drawn = Concepts.load().drawn
     items = json.loads((args.build / "items.json").read_text())
-    images = np.load(args.build / "images.npy", mmap_mode="r")
+    images = np.load(args.build / "images.npy")
     seen = [i for i, item in enumerate(items) if item["vendor"] in SEEN]
     again = round_trip(images, seen, args.build, out)
+    icons = np.load(args.icons / "icons.npy")
+    items += json.loads((args.icons / "icons.json").read_text())
+    images, again = np.concatenate([images, icons]), np.concatenate([again, icons])
     tokenizer = CLIPTokenizer.from_pretrained(args.build / "tokenizer")
     batches = Batches(items, drawn, np.random.default_rng(0))
 
     model = new_model(tokenizer)
     centre(model, tokenizer, to_pictures(images, np.array(seen[::20])), [*batches.drawn, *batches.others][::4])
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {len(seen)} pictures", flush=True)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.2f} M parameters; {len(seen)} pictures, {len(icons)} icons", flush=True)
     average = {key: value.clone() for key, value in model.state_dict().items()}
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
