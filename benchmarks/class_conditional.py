@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import steerclear
 from steerclear import SafeDenoiser, TwoSample, zoo
+from steerclear.app.arms import GUARDS
 from steerclear.detect import load as load_detector
 from steerclear.evaluate import controls, rate
 from steerclear.zoo.class_conditional import REDIRECT, SAFE_DENOISER
@@ -83,6 +84,15 @@ def redirect(pipe: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401
     return zoo.class_redirect(pipe, POLICY, classes=[CLASS], **call)
 
 
+def other(kind: str) -> Callable[[Any, dict[str, Any]], Any]:
+    """A guard of ``steerclear guards``, with the settings that it has on the text model."""
+
+    def made(pipe: Any, call: dict[str, Any]) -> Any:  # noqa: ANN401
+        return GUARDS[kind](pipe) if kind == "aleatoric" else GUARDS[kind](pipe, [POLICY])
+
+    return made
+
+
 ARMS = {
     "none": Arm(title="no guard"),
     "none-other-seeds": Arm(title="no guard, other seeds", seed=70_000),
@@ -90,6 +100,10 @@ ARMS = {
     "seen": Arm(title="Safe Denoiser, references seen through the model", guard=seen),
     "clean": Arm(title="Safe Denoiser, two-sample, clean references", guard=clean),
     "exact": Arm(title="Safe Denoiser, exact kernel", guard=exact),
+    "spell": Arm(title="SPELL, radius 35", guard=other("spell")),
+    "flow": Arm(title="Safety-Guided Flow, strong", guard=other("safety-guided-flow")),
+    "sfw": Arm(title="SFW sampler", guard=other("sfw"), coupling="sample"),
+    "aleatoric": Arm(title="aleatoric uncertainty guidance", guard=other("aleatoric")),
     "published": Arm(title="Safe Denoiser, published", guard=published("unsafe"), coupling="renoise"),
     "published-benign": Arm(title="control: benign references", guard=published("benign"), coupling="renoise"),
     "published-random": Arm(title="control: random references", guard=published("random"), coupling="renoise"),
