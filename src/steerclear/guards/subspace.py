@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput
-from steerclear.negation import NegationSet, NegationStatistics, Space
+from steerclear.negation import Items, NegationSet, NegationStatistics, Space
 from steerclear.noise import NoiseLevel
 
 
@@ -39,10 +40,11 @@ class Subspace:
     safe: NegationSet
 
     @classmethod
-    def principal(cls, negation: NegationSet | NegationStatistics, safe: NegationSet, components: int) -> "Subspace":
+    def principal(cls, negation: Items | NegationStatistics, safe: Items, components: int) -> "Subspace":
         """The ``components`` directions in which the two sets together vary most, every item counting once.
 
-        Of statistics, the directions in which the safe set varies most.
+        Of statistics, the directions in which the safe set varies most. Of sets that follow a store, of the items now:
+        a guard that holds it stops when they change.
 
         Raises:
             InvalidInput: Unless ``1 <= components <=`` the number of dimensions and of items.
@@ -52,8 +54,10 @@ class Subspace:
             One eigendecomposition of a ``(D, D)`` matrix; for large ``D`` one of ``(n, n)``.
         """
         negation.space.require(safe.space)
-        sets = [negation, safe] if isinstance(negation, NegationSet) else [safe]
-        points = torch.cat([each.latents for each in sets]).flatten(1).double()
+        moment = DenoiseState(x_t=torch.empty(0), level=NoiseLevel(1.0, 0.0), step=0, num_steps=1)
+        negation, safe = negation.at(moment), safe.at(moment)
+        sets = [safe] if isinstance(negation, NegationStatistics) else [negation, safe]
+        points = torch.cat([each.latents.flatten(1).double() for each in sets])
         most = min(points.shape)
         if not 1 <= components <= most:
             raise InvalidInput(f"Subspace: expected 1 <= components <= {most}, got {components}")
@@ -61,11 +65,18 @@ class Subspace:
         basis = _leading(points - mean, components)
         space = Space(encoder=negation.space.encoder, shape=(components,), name=f"{components} principal components")
 
-        def projected(items: NegationSet) -> NegationSet:
-            latents = ((items.latents.flatten(1).double() - mean) @ basis).float()
-            return NegationSet(latents=latents, weights=items.weights, ids=items.ids, labels=items.labels, space=space)
+        def projected(items: Items) -> NegationSet:
+            return NegationSet(
+                latents=((items.latents.flatten(1).double() - mean) @ basis).float(),
+                weights=items.weights,
+                ids=items.ids,
+                labels=items.labels,
+                digests=items.digests,  # of the pictures: what tells whether the items are still the same
+                space=space,
+            )
 
-        unsafe = projected(negation) if isinstance(negation, NegationSet) else negation.projected(mean, basis, space)
+        whole = isinstance(negation, NegationStatistics)
+        unsafe = negation.projected(mean, basis, space) if whole else projected(negation)
         return cls(mean=mean.float(), basis=basis.float(), unsafe=unsafe, safe=projected(safe))
 
     def __call__(self, x: Tensor) -> Tensor:

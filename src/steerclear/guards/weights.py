@@ -174,10 +174,11 @@ class TwoSample(Weight):
                 "TwoSample: expected a safe reference set with at least one item, got an empty one, against which "
                 "everything is unsafe; add what the model should go on drawing"
             )
-        if self.subspace is not None and _names(self.subspace.unsafe) != _names(negation):
+        made = () if self.subspace is None else ((self.subspace.unsafe, negation), (self.subspace.safe, self.safe))
+        if any(_content(then) != _content(now) for then, now in made):
             raise UnsoundCombination(
-                "TwoSample: the subspace was made from another negation set than the guard's; make it from this one: "
-                "Subspace.principal(negation, safe, components)"
+                "TwoSample: the subspace was made from another negation set or safe set than the guard's; make it from "
+                "these: Subspace.principal(negation, safe, components)"
             )
         shared = sorted((set(self.safe.digests) - {""}).intersection(negation.digests))
         if shared:
@@ -300,9 +301,10 @@ def require_fixed(name: str, negation: References) -> None:
         )
 
 
-def _names(references: References) -> tuple[str, ...]:
-    """What tells one set from another: its ids; of a form without items, its labels."""
-    return getattr(references, "ids", references.labels)
+def _content(references: References) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What tells one set from another: ids and digests, for an id may come to name another picture; of a form without
+    items, its labels."""
+    return getattr(references, "ids", references.labels), references.digests
 
 
 def logit(p: float) -> float:
