@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,18 @@ def test_a_child_process_reads_for_itself(store):
     assert os.read(read, 10) == b"5"
     assert len(live) == 5
     assert store.verify().items == 5
+
+
+def test_a_reader_that_opens_its_store_again_still_knows_another_in_its_place(store):
+    """After a fork, and where the store cannot be written to, the database is opened anew: the same one, or none."""
+    live = store.live()
+    live._reader._process = -1
+    assert len(live) == 6
+    store.path.rename(store.path.with_name("moved"))
+    NegationStore.from_set(store.path, drawn(2), dtype=torch.float32).close()
+    live._reader._process = -1
+    with pytest.raises(NegationFileError, match="another in its place"):
+        live.at(step(X))
 
 
 # -- guards over it -----------------------------------------------------------------------------------------------
@@ -306,6 +319,31 @@ def test_a_subspace_made_of_other_items_stops_the_next_request(store):
     store.add(drawn(1, 1))
     with pytest.raises(UnsoundCombination, match="made from another negation set"):
         guard(X, step(X))
+    store.remove("1-0")
+    guard(X, step(X))
+    store.replace(replace(drawn(1, 9), ids=("0-3",)))  # the same ids, another picture
+    with pytest.raises(UnsoundCombination, match="made from another negation set"):
+        guard(X, step(X))
+
+
+def test_a_subspace_whose_safe_items_were_replaced_stops_the_next_request(store, tmp_path):
+    kept = NegationStore.from_set(tmp_path / "safe.negation", SAFE, dtype=torch.float32)
+    subspace = Subspace.principal(drawn(6), SAFE, 4)
+    weight = TwoSample(safe=kept.live(), bandwidth=3.0, subspace=subspace)
+    guard = SafeDenoiser(negation=drawn(6), weight=weight)
+    guard(X, step(X))
+    kept.replace(replace(drawn(1, 9), ids=("77-2",)))
+    with pytest.raises(UnsoundCombination, match="or safe set"):
+        guard(X, step(X))
+
+
+def test_a_subspace_is_made_of_whatever_holds_items(store):
+    expected = Subspace.principal(drawn(6), SAFE, 4)
+    for form in (store.snapshot(), store.live()):
+        made = Subspace.principal(form, SAFE, 4)
+        assert torch.equal(made.basis, expected.basis)
+        assert torch.equal(made.unsafe.latents, expected.unsafe.latents)
+        SafeDenoiser(negation=form, weight=TwoSample(safe=SAFE, bandwidth=3.0, subspace=made))
 
 
 def test_what_is_made_of_a_live_set_once_reads_it_at_one_moment(store):

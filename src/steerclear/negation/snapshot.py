@@ -173,11 +173,11 @@ class Reader:
         self.folder, self.timeout = folder, timeout
         self._lock = threading.Lock()
         self._connect()
+        self._file = self._identity()
 
     def _connect(self) -> None:
         self._process = os.getpid()
         self._connection = database.connect(self.folder, readonly=True, timeout=self.timeout)
-        self._file = self._identity()
         self._version: int | None = None
         self._current: Snapshot | None = None
         self._map = torch.empty(0)
