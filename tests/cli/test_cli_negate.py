@@ -2,9 +2,11 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from steerclear.app.files import sha256
@@ -68,6 +70,20 @@ def test_remove_then_add_restores_the_set(steerclear, bad, model_folder, picture
     steerclear("negate", "add", fewer, bad)
     assert len(NegationSet.load(fewer)) == 6
     assert NegationSet.load(bad).ids == before.ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_file_keeps_its_precision(steerclear, bad, tmp_path, dtype):
+    """float16 would round the first and send the second to infinity."""
+    items = NegationSet.load(bad)
+    latents = torch.where(items.latents > 0.5, 1e6, items.latents + 1e-5).to(dtype)
+    fine, one = tmp_path / "fine.safetensors", tmp_path / "one.safetensors"
+    replace(items, latents=latents).save(fine, dtype=dtype)
+    steerclear("negate", "remove", fine, items.ids[-1], "-o", one)
+    steerclear("negate", "add", one, bad)
+    stored = NegationSet.load(one, mapped=True).latents
+    assert stored.dtype == dtype
+    assert torch.equal(stored[: len(items) - 1], latents[:-1])
 
 
 def test_unknown_ids_leave_the_file_alone(steerclear, bad):

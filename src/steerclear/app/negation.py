@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steerclear.app.files import sha256
@@ -34,6 +35,15 @@ def load(path: Path) -> NegationSet:
     with NegationStore.open(path, readonly=True) as store:
         items = store.to_set()
         return replace(items, latents=items.latents.float())
+
+
+def precision(path: Path) -> torch.dtype:
+    """In which a file keeps its latents.
+
+    Raises:
+        NegationFileError: If there is no set that can be read.
+    """
+    return NegationSet.load(path, mapped=True).latents.dtype
 
 
 def followed(path: Path) -> Items:

@@ -27,7 +27,7 @@ Pictures that are in the set already are skipped."""
 @options.as_json
 def add(file: Path, sources: tuple[Path, ...], out: Path | None, as_json: bool, **rest: Any) -> None:  # noqa: ANN401
     """Add folders, pictures or other negation sets to SET."""
-    from steerclear.app.negation import load
+    from steerclear.app.negation import load, precision
     from steerclear.negation import NegationStore
 
     store = _in_place(file, out)
@@ -46,7 +46,7 @@ def add(file: Path, sources: tuple[Path, ...], out: Path | None, as_json: bool, 
         known = len(changed.skipped)
         for new in found:
             changed = changed.add(new)
-        changed.save(out or file)
+        changed.save(out or file, dtype=precision(file))
         common.report(out or file, as_json, changed.skipped[known:])
         return
     with NegationStore.open(file) as opened:
@@ -72,14 +72,14 @@ A store keeps the latents of removed items on disk until it is compacted."""
 @options.as_json
 def remove(file: Path, ids: tuple[str, ...], out: Path | None, as_json: bool) -> None:
     """Remove items from SET by id."""
-    from steerclear.app.negation import load
+    from steerclear.app.negation import load, precision
     from steerclear.negation import NegationStore
 
     if _in_place(file, out):
         with NegationStore.open(file) as store:
             store.remove(ids)
     else:
-        load(file).remove(ids).save(out or file)
+        load(file).remove(ids).save(out or file, dtype=precision(file))
     common.report(out or file, as_json)
 
 
