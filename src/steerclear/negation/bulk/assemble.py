@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steerclear.errors import InvalidInput, NegationFileError, SteerclearError
+from steerclear.files import sync_folder
 from steerclear.files.tensors import MAX_HEADER
 from steerclear.negation.bulk import parts
 from steerclear.negation.bulk.entries import Chunk, clean
@@ -147,6 +148,7 @@ def _into_store(out: Path, items: Iterator[Item], notes: Notes) -> int:
         if store is not None:
             store.close()
             draft.rename(out)
+            sync_folder(out.parent)  # the parts are deleted next
     finally:
         if store is not None:
             store.close()
