@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -29,9 +30,19 @@ from steerclear.guards import (
     TrackedRelease,
     TwoSample,
     calibrate,
+    during,
     radius_of,
 )
-from steerclear.negation import Items, NegationSet, NegationStore, References, Space
+from steerclear.negation import (
+    IndexedSet,
+    Items,
+    LiveIndex,
+    NegationSet,
+    NegationStatistics,
+    NegationStore,
+    References,
+    Space,
+)
 from steerclear.noise import NoiseLevel
 from steerclear.zoo import avatars
 
@@ -259,6 +270,25 @@ def test_threads_that_draw_while_another_writes(store):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_window_that_opens_later_goes_by_what_the_trajectory_began_with(store):
+    guard, memory = during(GUARDS["two-sample"](store.live()), start=0.3), {}
+    assert guard(X, step(X, memory, 0)) is None
+    store.add(drawn(4, 1))
+    assert torch.equal(guard(X * 0.9, step(X, memory, 4)), acted(GUARDS["two-sample"](drawn(6))))
+
+
+def test_guards_that_compare_with_items_say_so(store):
+    """In time, and in words; not by an AttributeError at the first step."""
+    forms = [NegationStatistics.of(drawn(12), rank=1)]
+    if find_spec("numba"):
+        forms += [IndexedSet.of(drawn(6), progress=False), LiveIndex(store.live(), progress=False)]
+    for form in forms:
+        for name in ("published", "flow", "spell", "spell sum"):
+            with pytest.raises(InvalidInput, match=rf"keeps every item, got {type(form).__name__}"):
+                GUARDS[name](form)
+        assert SafetyGuidedFlow(negation=form, strength=1.0, bandwidth=3.0)(X, step(X)) is not None
 
 
 # -- checked anew -------------------------------------------------------------------------------------------------

@@ -152,6 +152,9 @@ class During:
         return requirements(self.guard)
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor | None:
+        if state.progress < self.start:
+            for references in self.requires.negation:
+                references.at(state)  # what a trajectory begins with counts, whenever the window opens
         return self.guard(denoised, state) if self.start <= state.progress < self.stop else None
 
     @property

@@ -26,6 +26,7 @@ from steerclear.errors import InvalidInput
 from steerclear.guards.base import Requires
 from steerclear.guards.tracking import wide
 from steerclear.negation import Items
+from steerclear.negation.references import require_items
 from steerclear.noise import NoiseLevel, per_sample
 
 FLOOR = 1e-8
@@ -68,6 +69,7 @@ class PublishedLoop:
             raise InvalidInput(f"PublishedLoop: expected a finite sigma > 0, got {self.sigma}")
         if math.isnan(self.threshold) or self.threshold == math.inf:
             raise InvalidInput(f"PublishedLoop: expected a threshold below infinity, got {self.threshold}")
+        require_items("PublishedLoop", self.negation)
         if len(self.negation.space.shape) != 3:
             raise InvalidInput(
                 f"PublishedLoop: expected references (channels, height, width), as on SD 1.x, got shape "

@@ -8,6 +8,7 @@ from torch import Tensor
 from steerclear.errors import InvalidInput
 from steerclear.negation import Items
 from steerclear.negation.posterior import squared_distances
+from steerclear.negation.references import require_items
 
 
 def radius_of(references: Items | Tensor, quantile: float = 0.05, *, block: int = 1 << 22) -> float:
@@ -24,6 +25,8 @@ def radius_of(references: Items | Tensor, quantile: float = 0.05, *, block: int 
     Cost:
         ``n^2 D`` operations, blockwise.
     """
+    if not isinstance(references, Tensor):
+        require_items("radius_of", references)
     latents = references if isinstance(references, Tensor) else references.latents
     flat, count = latents.flatten(1), len(latents)
     if count < 2 or not 0.0 <= quantile <= 1.0:

@@ -26,6 +26,7 @@ from steerclear.guards.radius import distances, widest
 from steerclear.guards.tracking import wide
 from steerclear.negation import Items
 from steerclear.negation.placement import placed
+from steerclear.negation.references import require_items
 from steerclear.noise import NoiseLevel, per_sample
 
 # The top-k rule makes the kernel this much at the mean of the chosen squared distances.
@@ -105,6 +106,8 @@ class SafetyGuidedFlow:
             )
         if self.bandwidth is not None and not 0.0 < self.bandwidth < math.inf:
             raise InvalidInput(f"SafetyGuidedFlow: expected a bandwidth > 0 or None, got {self.bandwidth}")
+        if self.bandwidth is None:
+            require_items("SafetyGuidedFlow without a bandwidth", self.negation)
         first, last = self.ranks
         if not 0 <= first < last or (self.bandwidth is None and last > len(self.negation)):
             raise InvalidInput(

@@ -33,6 +33,7 @@ from steerclear.guards.finished import FinishedSamples
 from steerclear.guards.radius import distances, radius_of, widest
 from steerclear.guards.shields import Projection, nearest, project
 from steerclear.negation import Items
+from steerclear.negation.references import require_items
 from steerclear.noise import per_sample
 
 Overlap = Literal["projection", "sum"]
@@ -57,6 +58,7 @@ class Shield:
                 f"Shield: expected a finite radius > 0 in latent units, got {self.radius}; "
                 "radius_of(references) gives one"
             )
+        require_items("Shield", self.negation)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from steerclear.errors import InvalidInput
 from steerclear.negation.posterior import Posterior
 from steerclear.negation.space import Space
 from steerclear.noise import NoiseLevel
@@ -68,3 +69,17 @@ class Items(References, Protocol):
     def at(self, state: "DenoiseState") -> "Items":
         """As for :class:`References`."""
         ...
+
+
+def require_items(name: str, negation: References) -> None:
+    """Refuse a form without items, for guards that compare with items one by one.
+
+    Raises:
+        InvalidInput: For one.
+    """
+    if not hasattr(negation, "latents"):
+        raise InvalidInput(
+            f"{name}: expected a form that keeps every item, got {type(negation).__name__}, which gives posteriors "
+            "alone; give a NegationSet, store.snapshot() or store.live(), or use SafeDenoiser, ConditionalRelease or "
+            "TrackedRelease, which need no more"
+        )
