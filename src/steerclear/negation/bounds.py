@@ -367,9 +367,11 @@ class Query:
         return np.sum(fused.shared(part, len(used), x.size), axis=0) if len(used) else np.zeros(x.size)
 
 
-def _first(worst: Array, count: NDArray[np.int64], tolerance: float) -> NDArray[np.int64]:
+def _first(worst: Array, members: NDArray[np.int64], tolerance: float) -> NDArray[np.int64]:
     """Positions of what is worst per row, as many as it takes to leave no more than the tolerance."""
-    order = np.argsort(-worst / count, kind="stable")
+    small = worst * (2 * len(worst)) <= tolerance  # all of these together are half of it at most
+    large = np.flatnonzero(~small)
+    order = large[np.argsort(-worst[large] / members[large], kind="stable")]
     with np.errstate(over="ignore"):
-        left = np.cumsum(worst[order][::-1])[::-1]  # of this one and all after it
+        left = np.cumsum(worst[order][::-1])[::-1] + worst[small].sum()  # of this one and all after it
     return order[: int((left > tolerance).sum())]

@@ -4,7 +4,7 @@ A CPU waits for memory here, not for arithmetic, so what counts is how often the
 twice (distances, then the mean) and write temporaries in between. These kernels, compiled by Numba, take a handful of
 rows into the cache, widen them in registers, and have done with them before the next ones come:
 
-* distances by differences, in float32 over :data:`CHUNK` dimensions at a time, chunks summed in float64;
+* distances by differences, in float32 over 512 dimensions at a time, chunks summed in float64;
 * the running maximum, normaliser and mean of an online softmax, rescaled when the maximum rises;
 * the mean of rows whose weight is below ``exp(-45)`` of the largest so far is not touched: at most noise levels
   that is nearly all of them, and what they add is below rounding;

@@ -15,8 +15,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-ROWS = 16
-FOLD = 128  # blocks of rows
+ROWS = 32
+FOLD = 64  # blocks of rows
 SPARE = 45.0
 #: Reassociation and contraction are wanted, assumptions about NaN and infinity are not: both must come through.
 _compiled = njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)

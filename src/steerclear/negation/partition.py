@@ -35,6 +35,9 @@ SAMPLE = 1 << 16
 BLOCK = 1 << 14
 #: Beyond that many members and dimensions an eigenvalue costs too much: the trace bounds it, too.
 LARGEST = 2048
+#: Growth of the number of centres, when their reach shrinks by a half octave, that counts as none.
+FLAT = 1.02
+MOST = 1 << 14
 MOMENTS = ("centroid", "log_mass", "spread", "radius", "widest", "unevenness")
 
 
@@ -93,8 +96,8 @@ class Partition:
         Args:
             rows: In any floating dtype, in memory or mapped.
             weights: Positive.
-            clusters: At most so many; by default ``8 sqrt(n)``.
-            reach: Radius that a cluster should have; by default the smallest that this number of clusters can cover.
+            clusters: At most so many; by default an eighth of the rows, 16 384 at most.
+            reach: Radius that a cluster should have; by default found from the data.
             seed: Of the sample and of the order within clusters.
             progress: Show a bar.
 
@@ -105,13 +108,13 @@ class Partition:
         if n == 0 or weights.shape != (n,) or not bool((weights > 0).all()):
             raise InvalidInput(f"Partition: expected rows with positive weights, got {n} rows and {weights.shape}")
         draw = torch.Generator().manual_seed(seed)
-        most = min(n, clusters or math.ceil(8 * math.sqrt(n)))
+        most = min(n, clusters or min(MOST, max(n // 8, math.ceil(8 * math.sqrt(n)))))
         chosen = torch.randperm(n, generator=draw)[:SAMPLE].sort().values
         sample = rows[chosen].float()
         centre = sample.mean(0)
         basis = _directions(sample - centre, min(COMPONENTS, n, rows.shape[1]))
         few = (sample - centre) @ basis
-        leaders = few[_leaders(few, reach, most, draw)]
+        leaders = few[_leaders(few, n, reach, most, draw)]
         owner = _assign(rows, centre, basis, leaders, progress)
         used, owner = owner.unique(return_inverse=True)
         shuffled = torch.randperm(n, generator=draw)
@@ -238,24 +241,26 @@ def _directions(centred: Tensor, count: int) -> Tensor:
     return torch.linalg.qr(basis[:, :count])[0]
 
 
-def _leaders(few: Tensor, reach: float | None, most: int, draw: torch.Generator) -> Tensor:
-    """Rows of the sample that are centres: at most ``most``, none within ``reach`` of another."""
+def _leaders(few: Tensor, n: int, reach: float | None, most: int, draw: torch.Generator) -> Tensor:
+    """Rows of the sample that are centres: at most ``most``, none within ``reach`` of another.
+
+    Without a reach: where copies of works are apart from other works, the number of centres hardly depends on it over a
+    long stretch. That number is taken; if there is no such stretch, the smallest reach that keeps within ``8 sqrt(n)``.
+    """
     order = torch.randperm(len(few), generator=draw)
+    few = few[order]
     if reach is not None:
-        return order[_within(few[order], reach, len(few))]
-    # The reach that gives about the number wanted, by bisection on a scale of distances.
-    low, high = 0.0, float((few - few.mean(0)).norm(dim=1).max()) * 2 + 1e-12
-    best = torch.arange(1)
-    for _ in range(12):
-        middle = (low + high) / 2
-        found = _within(few[order], middle, most + 1)
-        if len(found) > most:
-            low = middle
-        else:
-            best, high = found, middle
-            if len(found) > 0.8 * most:
-                break
-    return order[best]
+        return order[_within(few, reach, len(few))]
+    widest = float((few - few.mean(0)).norm(dim=1).max()) * 2 + 1e-12
+    found: list[Tensor] = []
+    for halvings in range(24):
+        found.append(_within(few, widest * 2.0 ** (-halvings / 2), most + 1))
+        if len(found[-1]) > most:
+            found.pop()
+            break
+    flat = [k for k in range(1, len(found)) if len(found[k]) <= FLAT * len(found[k - 1]) and len(found[k]) > 1]
+    few_enough = [each for each in found if len(each) <= math.ceil(8 * math.sqrt(n))] or [torch.arange(1)]
+    return order[found[flat[-1]] if flat else few_enough[-1]]
 
 
 def _within(few: Tensor, reach: float, most: int) -> Tensor:
