@@ -48,6 +48,14 @@ def problem(rng, n, dim, batch, level, spread=1.0):
     return x, y, w
 
 
+@pytest.mark.parametrize("dim", [64, 1024])
+def test_the_mean_of_copies_is_the_copy(dim, rng):
+    """Thousands of equal summands: where float32 sums are at their worst."""
+    row = 3.0 * torch.randn(1, dim, generator=rng)
+    got = posterior(row, row.repeat(9000, 1), torch.ones(9000), NoiseLevel(0.1, 1.0))
+    assert float((got.mean - row).norm() / row.norm()) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", STORED, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize(("n", "dim", "batch"), [(1, 64, 1), (67, 1024, 1), (203, 2048, 3), (50, 64 * 37, 5)])

@@ -1,6 +1,7 @@
 """The index against the exact posterior in NumPy float64: within its own bounds, and those within the tolerance."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,57 @@ def test_the_statement_of_probability_holds(rng):
     assert sampled >= 128
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.02])
+def test_clusters_of_many_rows_have_their_centroid_where_it_is(scale, rng):
+    """Twenty thousand equal summands in float32 are wrong by 1e-4, and a centroid by that much breaks every bound."""
+    works = 3.0 * torch.randn(2, DIM, generator=rng)
+    y = works.repeat_interleave(20_000, 0)
+    y += scale * torch.randn(y.shape, generator=rng)
+    index = make(y, clusters=2)
+    for sigma in (4.0, 8.0):
+        check(index, asked(rng, y, 1.0, sigma, batch=4), y, torch.ones(len(y)), 1.0, sigma)
+    expected = np.sort(y.double().numpy().reshape(2, -1, DIM).mean(1), 0)
+    np.testing.assert_allclose(np.sort(index.partition.centroid.double().numpy(), 0), expected, rtol=3e-7, atol=1e-7)
+
+
+def uneven(rng, heavy=2000.0):
+    """Four works; of each, one copy that differs more than the others and weighs as much as all of them."""
+    works = 3.0 * torch.randn(4, DIM, generator=rng)
+    owner = torch.randint(4, (8000,), generator=rng)
+    first = torch.stack([(owner == k).nonzero()[0, 0] for k in range(4)])
+    y, w = works[owner] + 0.003 * torch.randn(8000, DIM, generator=rng), torch.ones(8000)
+    y[first] += 0.03 * torch.randn(4, DIM, generator=rng)
+    w[first] = heavy
+    return y, w, first
+
+
+def test_a_row_that_counts_for_many_is_in_every_sample(rng):
+    """Left to chance it is missing from most samples, and their standard errors do not know: they came out too small
+    by up to nine times."""
+    y, w, first = uneven(rng)
+    index, sampled = make(y, w, clusters=4), 0
+    assert index.partition.sure.tolist() == [1, 1, 1, 1]
+    assert sorted(index.partition.order[index.partition.starts[:-1]].tolist()) == sorted(first.tolist())
+    for sigma in (2.5, 4.0, 6.0, 10.0):
+        got = check(index, asked(rng, y[first], 1.0, sigma), y, w, 1.0, sigma)
+        sampled += int((~got.proven).sum())
+    assert sampled >= 16
+
+
+def test_samples_stay_honest_when_rows_are_removed(rng):
+    """What was a row of many may, with those gone that weighed more, be one that counts for much."""
+    y, w, first = uneven(rng)
+    other = torch.tensor([k for k in range(100) if k not in first.tolist()][:20])
+    w[other] = 400.0
+    y[other] += 0.03 * torch.randn(20, DIM, generator=rng)
+    index = make(y, w, clusters=4)
+    left = torch.ones(len(y), dtype=torch.bool)
+    left[first] = False
+    smaller = replace(index, partition=index.partition.without(first))
+    for sigma in (0.05, 1.0, 4.0, 10.0):
+        check(smaller, asked(rng, y[other], 1.0, sigma), y[left], w[left], 1.0, sigma)
+
+
 def test_every_row_is_in_one_cluster(rng):
     y = copies(rng, works=50, each=7)
     cut = make(y, clusters=60).partition
@@ -140,6 +192,21 @@ def test_a_sample_that_is_not_finite_spoils_only_itself(rng):
     got = index.posterior(x, NoiseLevel(1.0, 0.5))
     assert bool(got.mean[1].isnan().all())
     assert torch.equal(got.mean[[0, 2]], clean.mean[[0, 2]])
+
+
+@pytest.mark.parametrize("value", [1e16, 1e30, 3e38, math.inf, -math.inf])
+def test_a_sample_beyond_all_measure_gets_nan_and_no_proof(value, rng):
+    got = make(copies(rng, works=20, each=3)).certified(torch.full((1, DIM), value), NoiseLevel(1.0, 1.0))
+    assert bool(got.posterior.mean.isnan().all())
+    assert not bool(got.proven.any())
+
+
+def test_rows_in_float64_are_read_in_float32(rng):
+    y = copies(rng, dtype=torch.float64)
+    index = make(y, clusters=400)
+    assert index.partition.rows.dtype == torch.float32
+    for sigma in (0.3, 4.0):
+        check(index, asked(rng, y, 1.0, sigma), y, torch.ones(len(y)), 1.0, sigma)
 
 
 def test_what_goes_in_is_checked(rng):

@@ -16,8 +16,9 @@ so the cluster's evidence :math:`A_C` is bounded without reading a row, in three
 **At little noise** the last one leaves a handful of clusters, which are read, and the rest is below the tolerance: a
 proof. **At much noise** nearly all clusters count and none may be left out, but :math:`z` is small. Where the proof
 would cost more than that, every cluster's remainder :math:`E_C[e^z - 1 - z] \ge 0` is estimated from a few of its rows,
-more where more is at stake: a stratified sum. Its error is bounded by :data:`DEVIATIONS` standard errors, with squares
-in place of variances, which only makes it wider. That is a statement of probability, not a proof:
+more where more is at stake, and those that count for many are always among them: a stratified sum. Its error is bounded
+by :data:`DEVIATIONS` standard errors, with squares in place of variances, which only makes it wider. That is a
+statement of probability, not a proof, and about samples that were not made to fit rows which happen to be left out:
 ``benchmarks/index.py`` counts how often it holds. **In between**, what remains too uncertain is read, most uncertain
 first, if need be everything: then the result is exact.
 """
@@ -46,6 +47,10 @@ WHOLE = 0.4
 UNSEEN, ROUNDING = 0.05, 0.05
 #: Share of a weighted sum that may be left out; counted as an error of the mean.
 NEGLIGIBLE = 1e-5
+#: Samples with larger values have squares beyond float32; their result is NaN, like that of NaN.
+LARGEST = 1e15
+#: Rows that are summed in float32 before they are added in float64.
+FOLD = 2048
 #: Exponents beyond it are infinite for every purpose here.
 HUGE = 700.0
 
@@ -89,7 +94,7 @@ class Bounds(NamedTuple):
 
 def look(partition: Partition, x: Tensor, alpha: float, precision: float, tolerance: float) -> Found:
     r"""The posterior at ``x (1, D)``, float32, under the kernel :math:`e^{-p \lVert x - \alpha y\rVert^2}`."""
-    if not bool(x.isfinite().all()):
+    if not bool((x.abs() < LARGEST).all()):
         return Found(np.full(x.shape[1], math.nan), math.nan, math.nan, math.nan, 0, False)
     query = Query(partition, x, alpha, precision)
     bounds = query.bounds(tolerance * UNSEEN)
@@ -99,7 +104,7 @@ def look(partition: Partition, x: Tensor, alpha: float, precision: float, tolera
     if bounds.members[proof].sum() > max(len(bounds.clusters), 1024):
         for part in (spare, spare / 2):
             plan = query.plan(bounds, part)
-            if plan.rows.sum() + bounds.members[plan.read].sum() >= min(bounds.members[proof].sum(), most):
+            if plan.cost(bounds) >= min(bounds.members[proof].sum(), most):
                 break
             found = query.result(bounds, plan.read, query.sample(bounds, plan))
             if within(found, tolerance):
@@ -120,13 +125,19 @@ class Plan(NamedTuple):
         read: Positions of clusters that are read.
         tame: Clusters that are left to samples.
         rows: How many rows each of these is sampled by; 0 where it was not drawn.
+        sure: How many rows are taken besides where it was, because they count for too much to be left to chance.
         chance: With which probability it was drawn.
     """
 
     read: NDArray[np.int64]
     tame: NDArray[np.bool_]
     rows: NDArray[np.int64]
+    sure: NDArray[np.int64]
     chance: Array
+
+    def cost(self, bounds: Bounds) -> int:
+        """Rows that it takes."""
+        return int(self.rows.sum() + self.sure.sum() + bounds.members[self.read].sum())
 
 
 class Sample(NamedTuple):
@@ -221,7 +232,9 @@ class Query:
         total, proof, chance = float(bounds.lower.sum()), 0.2 * tolerance, 0.75 * tolerance
         spread = self.table.spread[bounds.clusters]
         typical = 2 * self.precision * self.alpha * np.sqrt(bounds.squared * spread / self.x.shape[1])
-        tame = typical <= TAME
+        sure = self.table.sure[bounds.clusters]
+        others = bounds.members - sure
+        tame = (typical <= TAME) & (others > 0)
         read = _first(np.where(tame, 0.0, self._worst(bounds)), bounds.members, proof * total)
         expected = bounds.lower * typical * np.maximum(1.2 * typical, np.sqrt(spread) / self.partition.scale)
         expected = np.where(tame, expected, 0.0)
@@ -231,12 +244,14 @@ class Query:
         fewest *= max(1.0, MANY / max(fewest.sum(), 1e-300))
         fewest = np.maximum(fewest, np.where(tame & (bounds.lower > SHARE * total), MANY, 0))
         drawn = self.table.lot[bounds.clusters] < fewest
-        rows = np.where(drawn, np.minimum(np.ceil(fewest), bounds.members), 0).astype(np.int64)
-        whole = rows == bounds.members
+        rows = np.where(drawn, np.minimum(np.ceil(fewest), others), 0).astype(np.int64)
+        whole = tame & (rows == others) & (fewest >= 1.0)
+        rows = np.where(whole, 0, rows)
         return Plan(
-            read=np.union1d(read, np.flatnonzero(whole & (fewest >= 1.0))),
-            tame=tame & ~(whole & (fewest >= 1.0)),
-            rows=np.where(whole & (fewest >= 1.0), 0, rows),
+            read=np.union1d(read, np.flatnonzero(whole)),
+            tame=tame & ~whole,
+            rows=rows,
+            sure=np.where(rows > 0, sure, 0),
             chance=np.minimum(fewest, 1.0),
         )
 
@@ -258,31 +273,35 @@ class Query:
         """Read some rows of some clusters."""
         t, a, p = self.table, self.alpha, self.precision
         picked = np.flatnonzero(plan.rows)
-        owner = np.repeat(picked, plan.rows[picked])
-        first = np.cumsum(plan.rows[picked]) - plan.rows[picked]
-        within = np.arange(len(owner)) - np.repeat(first, plan.rows[picked])
-        rows = t.starts[bounds.clusters[owner]] + within
+        taken = plan.sure[picked] + plan.rows[picked]
+        owner = np.repeat(picked, taken)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(taken) - taken, taken)
+        rows = t.starts[bounds.clusters[owner]] + place
         squared = self.distances(t.rows, rows)
         spread = t.spread[bounds.clusters[owner]]
         z = np.minimum(p * (bounds.squared[owner] - squared) + p * a * a * spread, HUGE)
-        # Rows are drawn evenly, so that each stands for its weight times the cluster's count.
-        each = bounds.lower[owner] / (plan.rows[owner] * plan.chance[owner])
-        each *= np.exp(t.log_weights[rows] - t.log_mass[bounds.clusters[owner]]) * bounds.members[owner]
+        # Those that are not sure are drawn evenly: each stands for as many rows as there are to each one drawn.
+        even = place >= plan.sure[owner]
+        others = (bounds.members - plan.sure)[owner]
+        each = bounds.lower[owner] * np.exp(t.log_weights[rows] - t.log_mass[bounds.clusters[owner]])
+        each *= np.where(even, others / plan.rows[owner], 1.0) / plan.chance[owner]
         rest, pull = each * np.maximum(np.expm1(z) - z, 0.0), each * np.expm1(z)
         size = len(bounds.clusters)
-        kept = np.zeros(size)
         # Of a finite cluster that was sure to be drawn, less is left to chance.
-        kept[picked] = np.where(plan.chance[picked] < 1.0, 1.0, 1.0 - plan.rows[picked] / bounds.members[picked])
+        kept = np.where(even, 1.0 - plan.rows[owner] / others, 0.0)
 
         def summed(values: Array) -> Array:
             return np.bincount(owner, values, size).astype(np.float64)
 
+        def uncertain(values: Array) -> Array:
+            return np.where(plan.chance < 1.0, summed(values), np.sqrt(summed(kept * values**2)))
+
         return Sample(
             tame=plan.tame,
             rest=summed(rest),
-            error=np.sqrt(kept * summed(rest**2)),
+            error=uncertain(rest),
             pull=summed(pull),
-            drift=np.sqrt(kept * summed((pull * t.offset[rows]) ** 2)),
+            drift=uncertain(np.abs(pull) * t.offset[rows]),
             rows=rows,
             weights=pull,
         )
@@ -300,8 +319,10 @@ class Query:
             guess, pull = np.where(sample.tame, bounds.lower + sample.rest, guess), sample.pull
         total = own + unit * float(guess.sum())
         mean = self.weighted(t.centroid, guess - pull, bounds.clusters)
+        summed = float(np.abs(guess - pull).sum())
         if sample is not None:
             mean += self.weighted(t.rows, sample.weights, sample.rows)
+            summed += float(np.abs(sample.weights).sum())
         mean = (own * found + unit * mean) / total
         norm = float(np.linalg.norm(mean))
         bounded = left if sample is None else left & ~sample.tame
@@ -311,12 +332,13 @@ class Query:
             error += DEVIATIONS * math.sqrt(float((sample.error**2).sum()))
             moved = (sample.error * (bounds.norm + norm)) ** 2 + sample.drift**2
             away += DEVIATIONS * math.sqrt(float(moved.sum())) / scale
-        share = error * unit / total
+        away += NEGLIGIBLE * summed * t.furthest / scale
+        least = total - error * unit  # what the evidence is at the least
         return Found(
             mean=mean,
             log_evidence=top + math.log(total),
-            evidence_error=-math.log1p(-share) if share < 1.0 else math.inf,
-            mean_error=(away + NEGLIGIBLE * float(guess.sum()) * t.furthest / scale) * unit / total,
+            evidence_error=math.log(total / least) if least > 0.0 else math.inf,
+            mean_error=away * unit / least if least > 0.0 else math.inf,
             rows=int(bounds.members[read].sum()) + (0 if sample is None else len(sample.rows)),
             proven=sample is None,
         )
@@ -360,9 +382,12 @@ class Query:
         x = fused.chunked(self.x)[0]
 
         def part(begin: int, end: int) -> Array:
-            out = np.zeros_like(x)
-            kernels.add_some(values[begin:end], of, rows[begin:end], out)
-            return out.ravel().astype(np.float64)
+            total = np.zeros(x.shape)
+            for first in range(begin, end, FOLD):  # in float32 no longer than that
+                out, last = np.zeros_like(x), min(first + FOLD, end)
+                kernels.add_some(values[first:last], of, rows[first:last], out)
+                total += out
+            return total.ravel()
 
         return np.sum(fused.shared(part, len(used), x.size), axis=0) if len(used) else np.zeros(x.size)
 

@@ -8,7 +8,7 @@ rows into the cache, widen them in registers, and have done with them before the
 * the running maximum, normaliser and mean of an online softmax, rescaled when the maximum rises;
 * the mean of rows whose weight is below ``exp(-45)`` of the largest so far is not touched: at most noise levels
   that is nearly all of them, and what they add is below rounding;
-* float32 partial means, folded into float64 every 2 048 rows.
+* float32 partial means, folded into float64 every 1 024 rows.
 
 Threads share nothing: each has a range of rows, and their results are merged by log-sum-exp.
 """

@@ -152,7 +152,7 @@ class IndexedSet:
         return Certified(
             Posterior(first * own.posterior.mean + second * mean, together),
             own.evidence_error,
-            own.mean_error + own.evidence_error * share.prod(0) * apart,
+            own.mean_error + own.evidence_error.expm1() * share.prod(0) * apart,
             own.rows + len(points),
             own.proven,
         )

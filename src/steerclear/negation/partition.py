@@ -12,7 +12,8 @@ Rows are put in the order of their clusters, so that a cluster is read in one go
 ``unevenness`` :math:`\kappa`, the standard deviation of :math:`\lVert u\rVert^2`
 =============  ===============================================================================================
 
-Within a cluster rows are in random order, so that its first ``m`` are a sample of it, for every ``m``.
+Within a cluster come first the few rows that count for more than :data:`UNEVEN` average ones, by their weight or their
+distance, then the others in random order: the first, and any number of those after them, are a sample of the cluster.
 
 Centres are chosen by leaders: a row that is further than ``reach`` from every centre so far becomes one. That bounds
 radii directly, needs one pass over a sample, and finds copies of one picture however unequal their numbers are.
@@ -33,11 +34,15 @@ from steerclear.errors import InvalidInput
 COMPONENTS = 64
 SAMPLE = 1 << 16
 BLOCK = 1 << 14
+PIECE = 1 << 10
 #: Beyond that many members and dimensions an eigenvalue costs too much: the trace bounds it, too.
 LARGEST = 2048
 #: Growth of the number of centres, when their reach shrinks by a half octave, that counts as none.
 FLAT = 1.02
 MOST = 1 << 14
+#: A row that counts for more than so many average ones of its cluster is in every sample of it: left to chance, it
+#: would be missing from most samples, and their standard errors would not know.
+UNEVEN = 4.0
 MOMENTS = ("centroid", "log_mass", "spread", "radius", "widest", "unevenness")
 
 
@@ -46,14 +51,15 @@ class Partition:
     """See the module's docstring; ``M`` clusters, ``n`` rows of ``D`` dimensions.
 
     Args:
-        rows: ``(n, D)``, in their stored precision, cluster by cluster.
+        rows: ``(n, D)``, in their stored precision, float32 at most, cluster by cluster.
         log_weights: ``(n,)``, of the normalised weights, in the same order.
         offset: Distance of every row from its centroid, ``(n,)``, float32.
         order: Where each row was before, ``(n,)``.
         starts: First row of every cluster and the end of the last, ``(M + 1,)``.
+        sure: How many rows at the beginning of every cluster belong to every sample of it, ``(M,)``; all of them, if
+            the rows are in no order that a sample could be taken by.
         centroid: ``(M, D)``, float32.
         log_mass, spread, radius, widest, unevenness: ``(M,)``, float64.
-        mean: Of all rows, ``(D,)``.
         basis: Orthonormal directions of largest variance, ``(D, k)``.
         seen: Centroids along them, ``(M, k)``.
         unseen: Norm of what they miss of each centroid, ``(M,)``.
@@ -67,6 +73,7 @@ class Partition:
     offset: Tensor
     order: Tensor
     starts: Tensor
+    sure: Tensor
     centroid: Tensor
     log_mass: Tensor
     spread: Tensor
@@ -124,14 +131,22 @@ class Partition:
         log_weights = (weights.double() / weights.double().sum()).log()[order]
         spans = tqdm(list(pairwise(starts.tolist())), desc="measure", unit="cluster", disable=not progress)
         found = [_moments(sorted_rows[begin:end], log_weights[begin:end]) for begin, end in spans]
-        moments = {name: torch.stack([each[0][name] for each in found]) for name in found[0][0]}
+        moments = {name: torch.stack([entries[name] for entries, _, _ in found]) for name in MOMENTS}
+        offset = torch.cat([away for _, away, _ in found])
+        sure = torch.stack([uneven.sum() for _, _, uneven in found])
+        for cluster in sure.nonzero().flatten().tolist():
+            span = slice(int(starts[cluster]), int(starts[cluster + 1]))
+            ahead = found[cluster][2].logical_not().argsort(stable=True)
+            for some in (sorted_rows, log_weights, offset, order):
+                some[span] = some[span][ahead]
         norms = torch.cat([part.float().square().sum(1) for part in sorted_rows.split(BLOCK)])
         return cls(
             rows=sorted_rows,
             log_weights=log_weights,
-            offset=torch.cat([offset for _, offset in found]),
+            offset=offset,
             order=order,
             starts=starts,
+            sure=sure,
             basis=basis,
             **_projected(moments["centroid"], basis),
             lot=torch.rand(len(used), generator=draw, dtype=torch.float64),
@@ -153,19 +168,20 @@ class Partition:
         position = self._position[rows]
         log_weights = self.log_weights.index_fill(0, position, -math.inf)
         changed = {name: getattr(self, name).clone() for name in MOMENTS}
-        offset = self.offset.clone()
+        offset, sure = self.offset.clone(), self.sure.clone()
         for cluster in (torch.searchsorted(self.starts, position, right=True) - 1).unique().tolist():
             span = slice(int(self.starts[cluster]), int(self.starts[cluster + 1]))
             left = log_weights[span] > -math.inf
             changed["log_mass"][cluster] = -math.inf  # unless something is left
             if bool(left.any()):
-                entries, away = _moments(self.rows[span][left], log_weights[span][left])
+                entries, away, uneven = _moments(self.rows[span][left], log_weights[span][left])
                 offset[span] = offset[span].masked_scatter(left, away)
+                if bool(torch.zeros_like(left).masked_scatter(left, uneven)[sure[cluster] :].any()):
+                    sure[cluster] = len(left)  # now the random order has uneven rows in it
                 for name, value in entries.items():
                     changed[name][cluster] = value
-        return replace(
-            self, log_weights=log_weights, offset=offset, **changed, **_projected(changed["centroid"], self.basis)
-        )
+        changed |= _projected(changed["centroid"], self.basis)
+        return replace(self, log_weights=log_weights, offset=offset, sure=sure, **changed)
 
     @cached_property
     def log_alive(self) -> float:
@@ -191,7 +207,7 @@ class Table(NamedTuple):
         seen_squared: Squared norms of the centroids along the leading directions.
         unseen, log_mass, spread, radius, widest, unevenness: As of the partition.
         norm: Of the centroids.
-        lot: As of the partition.
+        lot, sure: As of the partition.
         starts: ``(M + 1,)``.
         count: Rows of each.
         furthest: The largest norm of any row.
@@ -210,6 +226,7 @@ class Table(NamedTuple):
     unevenness: Any
     norm: Any
     lot: Any
+    sure: Any
     starts: Any
     count: Any
     furthest: float
@@ -228,6 +245,7 @@ class Table(NamedTuple):
             seen_squared=cut.seen.double().square().sum(1).numpy(),
             norm=norm.numpy(),
             lot=cut.lot.numpy(),
+            sure=cut.sure.numpy(),
             starts=cut.starts.numpy(),
             count=cut.starts.diff().numpy(),
             furthest=float((norm + cut.radius).max()),
@@ -298,20 +316,24 @@ def _assign(rows: Tensor, centre: Tensor, basis: Tensor, leaders: Tensor, progre
 
 
 def _gathered(rows: Tensor, order: Tensor) -> Tensor:
-    return torch.cat([rows[part] for part in order.split(BLOCK)])
+    """The rows in that order, in a precision that the kernels read: float64 becomes float32."""
+    dtype = torch.float32 if rows.dtype == torch.float64 else rows.dtype
+    return torch.cat([rows[part].to(dtype) for part in order.split(BLOCK)])
 
 
-def _moments(members: Tensor, log_weights: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """A cluster's entries of the table above, and every row's distance from its centroid."""
-    rows = members.float()
+def _moments(members: Tensor, log_weights: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A cluster's entries of the table above, every row's distance from its centroid, and which rows are uneven."""
     log_mass = log_weights.logsumexp(0)
     share = (log_weights - log_mass).exp()
-    centroid = share.float() @ rows
-    u = rows - centroid
-    squared = u.double().square().sum(1)
+    # A float32 sum of many like summands is wrong by far more than a float32 number: in float64, or piece by piece.
+    sums = (part @ some.double() for part, some in zip(share.split(PIECE), members.split(PIECE), strict=True))
+    centroid = sum(sums, start=torch.zeros(members.shape[1], dtype=torch.float64)).float()
+    u = members.float() - centroid
+    squared = torch.cat([some.double().square().sum(1) for some in u.split(PIECE)])
     spread = (share * squared).sum()
     scaled = u * share.sqrt().float()[:, None]
-    gram = scaled @ scaled.T if len(u) <= u.shape[1] else scaled.T @ scaled
+    parts = [scaled.T] if len(u) <= u.shape[1] else scaled.split(PIECE)
+    gram = sum((some.T @ some for some in parts), start=u.new_zeros(()))
     # The largest column sum bounds the largest eigenvalue, where finding it would take long.
     widest = torch.linalg.eigvalsh(gram)[-1] if len(gram) <= LARGEST else gram.abs().sum(1).max()
     entries = {
@@ -319,10 +341,12 @@ def _moments(members: Tensor, log_weights: Tensor) -> tuple[dict[str, Tensor], T
         "log_mass": log_mass,
         "spread": spread,
         "radius": squared.max().sqrt(),
-        "widest": widest.double() * (1 + 1e-5),
+        "widest": widest.double() * (1 + 1e-3),
         "unevenness": (share * (squared - spread).square()).sum().sqrt(),
     }
-    return entries, squared.sqrt().float()
+    # Of what a row adds to sums over displacements, half goes by its distance and half by its weight alone.
+    part = share * (squared / spread.clamp_min(1e-300) + 1.0) / 2
+    return entries, squared.sqrt().float(), part * len(u) > UNEVEN
 
 
 def _projected(centroid: Tensor, basis: Tensor) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ EXPAND_FROM = 1e-2
 # Elements of one block: fits the cache of a CPU; on an accelerator, launches would dominate.
 CPU_BLOCK, ACCELERATOR_BLOCK = 1 << 19, 1 << 24
 EXPAND_BLOCK = 1 << 17
+# Rows that float32 adds up to 1e-5 even if all are alike.
+LONG = 1024
 
 
 class Posterior(NamedTuple):
@@ -157,6 +159,8 @@ def _sums(
         finite = torch.where(higher == -math.inf, torch.zeros_like(higher), higher)
         shrink, weights = (top - finite).exp(), (logits - finite).exp()
         total = total * shrink + weights.sum(1, keepdim=True)
+        if len(points) > LONG and x.device.type == "cpu":
+            points = points.double()
         mean = mean * shrink + weights.to(points.dtype) @ points
         top = higher
     return mean / total, (top + total.log()).squeeze(1)
