@@ -39,7 +39,7 @@ Array = NDArray[np.float64]
 DEVIATIONS = 5.0
 #: A cluster with more than this share of the evidence is sampled by so many rows at least.
 SHARE, MANY = 1 / 64, 256
-#: Largest typical deviation of z in a cluster that a few rows may speak for: that of displacements in all directions.
+#: Largest typical deviation of z in a cluster that a few rows may speak for.
 TAME = 0.5
 #: Reading more than this share of the rows in pieces is no faster than reading all of them in a row.
 WHOLE = 0.4
@@ -226,12 +226,12 @@ class Query:
     def plan(self, bounds: Bounds, tolerance: float) -> Plan:
         """What to read and what to sample; a fifth of the tolerance is for what must be proven.
 
-        It goes by what samples should be like if clusters were as wide in all directions, not by what they are:
+        It goes by what samples should be like if clusters are what they look like, not by what they are:
         deciding by the sample itself would leave the rows that came out low, and the sum with them.
         """
         total, proof, chance = float(bounds.lower.sum()), 0.2 * tolerance, 0.75 * tolerance
         spread = self.table.spread[bounds.clusters]
-        typical = 2 * self.precision * self.alpha * np.sqrt(bounds.squared * spread / self.x.shape[1])
+        typical = 2 * self.precision * self.alpha * np.sqrt(bounds.squared) * self.table.typical[bounds.clusters]
         sure = self.table.sure[bounds.clusters]
         others = bounds.members - sure
         tame = (typical <= TAME) & (others > 0)

@@ -207,6 +207,8 @@ class Table(NamedTuple):
         seen_squared: Squared norms of the centroids along the leading directions.
         unseen, log_mass, spread, radius, widest, unevenness: As of the partition.
         norm: Of the centroids.
+        typical: Standard deviation of the rows along a direction that has nothing to do with them: ``sqrt(v / D)``
+            where they look like noise around the centroid, ``sqrt(widest)`` where they do not.
         lot, sure: As of the partition.
         starts: ``(M + 1,)``.
         count: Rows of each.
@@ -225,6 +227,7 @@ class Table(NamedTuple):
     widest: Any
     unevenness: Any
     norm: Any
+    typical: Any
     lot: Any
     sure: Any
     starts: Any
@@ -244,6 +247,7 @@ class Table(NamedTuple):
             offset=cut.offset.numpy(),
             seen_squared=cut.seen.double().square().sum(1).numpy(),
             norm=norm.numpy(),
+            typical=_typical(cut).numpy(),
             lot=cut.lot.numpy(),
             sure=cut.sure.numpy(),
             starts=cut.starts.numpy(),
@@ -347,6 +351,18 @@ def _moments(members: Tensor, log_weights: Tensor) -> tuple[dict[str, Tensor], T
     # Of what a row adds to sums over displacements, half goes by its distance and half by its weight alone.
     part = share * (squared / spread.clamp_min(1e-300) + 1.0) / 2
     return entries, squared.sqrt().float(), part * len(u) > UNEVEN
+
+
+def _typical(cut: Partition) -> Tensor:
+    """See :class:`Table`. Noise of that spread, seen in ``n`` rows, has a largest eigenvalue of about ``v/D (1 +
+    sqrt(D / (n - 1)))^2``; works that share a cluster have a larger one, or more spread than other clusters."""
+    dim = cut.centroid.shape[1]
+    count = (cut.starts.diff() - 1).clamp_min(1)
+    even = cut.spread / dim
+    expected = even * (1 + (dim / count).sqrt()).square()
+    usual = cut.spread[cut.spread > 0].median() if bool((cut.spread > 0).any()) else cut.spread.new_zeros(())
+    noise = (cut.widest <= 2 * expected) & (cut.spread <= 4 * usual)
+    return torch.where(noise, even, cut.widest).sqrt()
 
 
 def _projected(centroid: Tensor, basis: Tensor) -> dict[str, Tensor]:
