@@ -1,4 +1,4 @@
-"""An index over a store that goes on changing: exact at every moment, and never built anew while a service runs."""
+"""An index over a store that goes on changing: right at every moment, and not built anew for every change."""
 
 import threading
 from typing import TYPE_CHECKING, Any
