@@ -20,6 +20,7 @@ from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.weights import TwoSample
 from steerclear.negation import References
+from steerclear.negation.references import at_present
 from steerclear.noise import NoiseLevel
 
 RIDGE = 1e-3
@@ -98,10 +99,8 @@ def calibrate(
             f"bandwidth={weight.bandwidth}"
         )
     weight.check(negation)
-    # Sets that follow a store are read at one moment.
-    moment = DenoiseState(x_t=unsafe, level=NoiseLevel(1.0, 0.0), step=0, num_steps=1)
-    now, references = replace(weight, safe=weight.safe.at(moment)), negation.at(moment)
-    high, low = (score(now, references, x, levels=levels, generator=generator) for x in (unsafe, safe))
+    fixed, references = replace(weight, safe=at_present(weight.safe)), at_present(negation)
+    high, low = (score(fixed, references, x, levels=levels, generator=generator) for x in (unsafe, safe))
     slope, offset = fit_logistic(high, low)
     if slope <= 0.0:
         raise UnsoundCombination(

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput
 from steerclear.negation import Items, NegationSet, NegationStatistics, Space
+from steerclear.negation.references import at_present
 from steerclear.noise import NoiseLevel
 
 
@@ -54,8 +54,7 @@ class Subspace:
             One eigendecomposition of a ``(D, D)`` matrix; for large ``D`` one of ``(n, n)``.
         """
         negation.space.require(safe.space)
-        moment = DenoiseState(x_t=torch.empty(0), level=NoiseLevel(1.0, 0.0), step=0, num_steps=1)
-        negation, safe = negation.at(moment), safe.at(moment)
+        negation, safe = at_present(negation), at_present(safe)
         sets = [safe] if isinstance(negation, NegationStatistics) else [negation, safe]
         points = torch.cat([each.latents.flatten(1).double() for each in sets])
         most = min(points.shape)

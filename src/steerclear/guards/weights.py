@@ -27,6 +27,7 @@ from steerclear.guards.base import Requires
 from steerclear.guards.subspace import Subspace
 from steerclear.guards.tracking import Prediction, log_odds
 from steerclear.negation import Posterior, References
+from steerclear.negation.references import at_present
 from steerclear.noise import NoiseLevel
 
 
@@ -292,8 +293,7 @@ def require_fixed(name: str, negation: References) -> None:
     Raises:
         UnsoundCombination: For one.
     """
-    moment = DenoiseState(x_t=torch.empty(0), level=NoiseLevel(1.0, 0.0), step=0, num_steps=1)
-    if negation.at(moment) is not negation:
+    if at_present(negation) is not negation:
         raise UnsoundCombination(
             f"{name}: expected a negation set that stays as it is, got one that follows its store: the references that "
             "the model has seen were made once, and would know nothing of an item added later. Give store.snapshot() "

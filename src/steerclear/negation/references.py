@@ -1,16 +1,15 @@
 """What guards need of the pictures to steer away from, whichever form they are kept in."""
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput
 from steerclear.negation.posterior import Posterior
 from steerclear.negation.space import Space
 from steerclear.noise import NoiseLevel
-
-if TYPE_CHECKING:
-    from steerclear.denoise import DenoiseState
 
 
 @runtime_checkable
@@ -42,7 +41,7 @@ class References(Protocol):
         """Posterior mean ``(batch, *shape)`` and log-evidence ``(batch,)`` at ``x_t``."""
         ...
 
-    def at(self, state: "DenoiseState") -> "References":
+    def at(self, state: DenoiseState) -> "References":
         """What this trajectory has to go by from its first step to its last: a form that never changes is itself."""
         ...
 
@@ -66,9 +65,18 @@ class Items(References, Protocol):
         """``(n,)``, positive."""
         ...
 
-    def at(self, state: "DenoiseState") -> "Items":
+    def at(self, state: DenoiseState) -> "Items":
         """As for :class:`References`."""
         ...
+
+
+_Form = TypeVar("_Form", bound=References)
+
+
+def at_present(references: _Form) -> _Form:
+    """For what is made of a set once: itself, or of one that follows a store, what it holds at this moment."""
+    moment = DenoiseState(x_t=torch.empty(0), level=NoiseLevel(1.0, 0.0), step=0, num_steps=1)
+    return cast("_Form", references.at(moment))
 
 
 def require_items(name: str, negation: References) -> None:
