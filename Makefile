@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo scoreboard guards test fast lint types format clean
+.PHONY: help demo scoreboard guards speed test fast lint types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,13 @@ guards: $(VENV)/run.stamp ## the tables of docs/choosing.md, every guard on ever
 	$(BIN)/python benchmarks/class_conditional.py --samples 320 --bf16
 	$(BIN)/python benchmarks/tables.py --collect $(GUARDS:%=out/%)
 	$(BIN)/python benchmarks/guards_figure.py
+
+speed: $(VENV)/test.stamp ## what posteriors, the index and guards cost: docs/large-sets.md; 15 minutes on a quiet machine
+	$(BIN)/python benchmarks/posterior.py
+	$(BIN)/python benchmarks/guard_cost.py --unet
+	$(BIN)/python benchmarks/index.py
+	$(BIN)/python benchmarks/index_figure.py
+	$(BIN)/python benchmarks/tables.py
 
 test: $(VENV)/test.stamp lint types ## lint, types and the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -55,11 +55,11 @@ def index() -> Iterator[str]:
             f"{row['dim']:,}".replace(",", " "),
             row["batch"],
             row["clusters"],
-            f"{100 * row['rows read, share']:.2g} %",
+            share(row["rows read, share"]),
             short(row["index, ms a step"]),
             short(row["exact pass, ms"]),
             short(row["step of emoji-sd, ms"]),
-            f"{100 * row['share of a step']:.2g} %",
+            share(row["share of a step"]),
             f"{row['held']}/{row['asked']}",
         ]
         yield "| " + " | ".join(map(str, cells)) + " |"
@@ -69,12 +69,16 @@ def guards() -> Iterator[str]:
     """Every guard on images, per step."""
     yield from heading("guard", "items", "batch", "ms a step", "of a step of emoji-sd")
     for row in read("guard_cost")["emoji-sd"]["rows"]:
-        yield f"| {row['guard']} | {row['n']} | {row['batch']} | {short(row['ms'])} | {100 * row['share']:.2g} % |"
+        yield f"| {row['guard']} | {row['n']} | {row['batch']} | {short(row['ms'])} | {share(row['share'])} |"
 
 
 def heading(*titles: str) -> Iterator[str]:
     yield "| " + " | ".join(titles) + " |"
     yield "|" + "---|" * len(titles)
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
 
 
 def short(milliseconds: float) -> str:

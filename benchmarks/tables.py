@@ -7,6 +7,7 @@ Reads ``benchmarks/results/scoreboard*.json``, which ``make scoreboard`` copies 
 """
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,7 +147,18 @@ def pages() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": {"scoreboard": "\n".join(table(main, SHORT, titles))},
         ROOT / "docs" / "conditional-release.md": method,
         ROOT / "docs" / "choosing.md": choosing,
+        ROOT / "docs" / "large-sets.md": speed_tables().blocks(),
     }
+
+
+def speed_tables() -> Any:  # noqa: ANN401
+    """The module beside this one, wherever this one was loaded from."""
+    spec = importlib.util.spec_from_file_location("speed_tables", ROOT / "benchmarks" / "speed_tables.py")
+    assert spec is not None  # noqa: S101
+    assert spec.loader is not None  # noqa: S101
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def filled(text: str, blocks: dict[str, str]) -> str:

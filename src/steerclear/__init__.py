@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         during,
         when,
     )
-    from steerclear.negation import NegationSet
+    from steerclear.negation import IndexedSet, LiveIndex, LiveSet, NegationSet, NegationStatistics, NegationStore
     from steerclear.noise import NoiseLevel
     from steerclear.prompts import SAFREE, NegativeText
     from steerclear.zoo import load
@@ -65,12 +65,17 @@ _HOME = {
     "Guard": "guards",
     "GuardNotApplied": "errors",
     "GuardedDenoiser": "denoise",
+    "IndexedSet": "negation",
     "InvalidInput": "errors",
     "Judge": "evaluate",
+    "LiveIndex": "negation",
+    "LiveSet": "negation",
     "MissingExtra": "errors",
     "NegationFileError": "errors",
     "NegationMismatch": "errors",
     "NegationSet": "negation",
+    "NegationStatistics": "negation",
+    "NegationStore": "negation",
     "NegativePrompt": "guards",
     "NegativeText": "prompts",
     "NoiseLevel": "noise",
@@ -123,12 +128,17 @@ __all__ = [
     "Guard",
     "GuardNotApplied",
     "GuardedDenoiser",
+    "IndexedSet",
     "InvalidInput",
     "Judge",
+    "LiveIndex",
+    "LiveSet",
     "MissingExtra",
     "NegationFileError",
     "NegationMismatch",
     "NegationSet",
+    "NegationStatistics",
+    "NegationStore",
     "NegativePrompt",
     "NegativeText",
     "NoiseLevel",
