@@ -278,20 +278,18 @@ class Query:
         place = np.arange(len(owner)) - np.repeat(np.cumsum(taken) - taken, taken)
         rows = t.starts[bounds.clusters[owner]] + place
         squared = self.distances(t.rows, rows)
-        spread = t.spread[bounds.clusters[owner]]
-        z = np.minimum(p * (bounds.squared[owner] - squared) + p * a * a * spread, HUGE)
+        z = np.minimum(p * (bounds.squared[owner] - squared + a * a * t.spread[bounds.clusters[owner]]), HUGE)
         # Those that are not sure are drawn evenly: each stands for as many rows as there are to each one drawn.
         even = place >= plan.sure[owner]
         others = (bounds.members - plan.sure)[owner]
         each = bounds.lower[owner] * np.exp(t.log_weights[rows] - t.log_mass[bounds.clusters[owner]])
         each *= np.where(even, others / plan.rows[owner], 1.0) / plan.chance[owner]
         rest, pull = each * np.maximum(np.expm1(z) - z, 0.0), each * np.expm1(z)
-        size = len(bounds.clusters)
         # Of a finite cluster that was sure to be drawn, less is left to chance.
         kept = np.where(even, 1.0 - plan.rows[owner] / others, 0.0)
 
         def summed(values: Array) -> Array:
-            return np.bincount(owner, values, size).astype(np.float64)
+            return np.bincount(owner, values, len(bounds.clusters)).astype(np.float64)
 
         def uncertain(values: Array) -> Array:
             return np.where(plan.chance < 1.0, summed(values), np.sqrt(summed(kept * values**2)))
