@@ -409,7 +409,9 @@ def test_ranks_that_saw_other_pictures_or_another_encoder_are_not_heard(source, 
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"workers": 0}, {"encoder": None}, {"load": load}, {"workers": 2}, {"ray": True}], ids=str
+    "wrong",
+    [{"workers": 0}, {"encoder": None}, {"load": load}, {"workers": 2}, {"ray": True}],
+    ids=lambda wrong: "and ".join(wrong),
 )
 def test_an_encoder_or_a_way_to_load_it(source, tmp_path, wrong):
     with pytest.raises(InvalidInput, match="an encoder or load="):
