@@ -238,7 +238,7 @@ def test_a_mapped_file_is_checked_before_it_is_used(tmp_path, good):
 
 
 def test_a_mapped_set_takes_no_memory_of_its_own(tmp_path):
-    """96 MiB of latents, verified and mapped by a process that may not have 64 MiB more than it has."""
+    """96 MiB of latents, verified and mapped by a process that takes less than 64 MiB, late imports included."""
     path = tmp_path / "a.safetensors"
     latents = torch.zeros(48, 1024, 1024, dtype=torch.float16)
     NegationSet(latents=latents, space=Space(encoder="x", shape=(1024, 1024)), digests=("d",) * 48).save(path)
@@ -254,7 +254,7 @@ print(own() - before)
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux's account of a process's own memory")
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 40 << 10
+    assert int(done.stdout) < 64 << 10
 
 
 # -- damaged and hostile files --------------------------------------------------------------------------------------
