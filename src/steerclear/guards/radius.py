@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steerclear.errors import InvalidInput
 from steerclear.negation import Items
-from steerclear.negation.posterior import squared_distances
+from steerclear.negation.posterior import accumulator, squared_distances
 from steerclear.negation.references import require_items
 
 
@@ -51,5 +51,5 @@ def distances(x: Tensor, centres: Tensor) -> Tensor:
 
 
 def widest(x: Tensor) -> torch.dtype:
-    """The dtype of distances: float64, except on Apple's MPS, which has none."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
+    """The dtype of distances: the widest that the device has."""
+    return accumulator(x.device)

@@ -99,11 +99,12 @@ def look(partition: Partition, x: Tensor, alpha: float, precision: float, tolera
     query = Query(partition, x, alpha, precision)
     bounds = query.bounds(tolerance * UNSEEN)
     spare = tolerance * (1.0 - UNSEEN - ROUNDING)
-    proof = query.needed(bounds, spare)
+    worst = query.worst(bounds)
+    proof = _first(worst, bounds.members, spare * float(bounds.lower.sum()))
     most = int(WHOLE * len(partition.rows))
     if bounds.members[proof].sum() > max(len(bounds.clusters), 1024):
         for part in (spare, spare / 2):
-            plan = query.plan(bounds, part)
+            plan = query.plan(bounds, worst, part)
             if plan.cost(bounds) >= min(bounds.members[proof].sum(), most):
                 break
             found = query.result(bounds, plan.read, query.sample(bounds, plan))
@@ -168,6 +169,7 @@ class Query:
     def __init__(self, partition: Partition, x: Tensor, alpha: float, precision: float) -> None:
         self.partition, self.table = partition, partition.table
         self.x, self.alpha, self.precision = x, alpha, precision
+        self.chunks = fused.chunked(x)[0]
 
     def screened(self, share: float) -> tuple[NDArray[np.int64], float]:
         """Clusters that cannot be left out, as far as the leading directions and the nearest points tell; and the
@@ -219,11 +221,13 @@ class Query:
             beyond=math.exp(log_beyond - top),
         )
 
-    def needed(self, bounds: Bounds, tolerance: float) -> NDArray[np.int64]:
-        """Positions of clusters to read, so that the bounds of those left keep both errors within the tolerance."""
-        return _first(self._worst(bounds), bounds.members, tolerance * float(bounds.lower.sum()))
+    def worst(self, bounds: Bounds) -> Array:
+        """What every cluster may add to either error at most, if it is left to its bounds, with the norm of the
+        posterior mean that these suggest."""
+        norm = float((bounds.lower * bounds.norm).sum() / bounds.lower.sum())
+        return np.maximum(*self.errors(bounds, norm))
 
-    def plan(self, bounds: Bounds, tolerance: float) -> Plan:
+    def plan(self, bounds: Bounds, worst: Array, tolerance: float) -> Plan:
         """What to read and what to sample; a fifth of the tolerance is for what must be proven.
 
         It goes by what samples should be like if clusters are what they look like, not by what they are:
@@ -235,7 +239,7 @@ class Query:
         sure = self.table.sure[bounds.clusters]
         others = bounds.members - sure
         tame = (typical <= TAME) & (others > 0)
-        read = _first(np.where(tame, 0.0, self._worst(bounds)), bounds.members, proof * total)
+        read = _first(np.where(tame, 0.0, worst), bounds.members, proof * total)
         expected = bounds.lower * typical * np.maximum(1.2 * typical, np.sqrt(spread) / self.partition.scale)
         expected = np.where(tame, expected, 0.0)
         # The fewest rows for a given error: as many of each cluster as its share of what is expected, and of clusters
@@ -254,13 +258,6 @@ class Query:
             sure=np.where(rows > 0, sure, 0),
             chance=np.minimum(fewest, 1.0),
         )
-
-    def _norm(self, bounds: Bounds) -> float:
-        """About that of the posterior mean, from above."""
-        return float((bounds.lower * bounds.norm).sum() / bounds.lower.sum())
-
-    def _worst(self, bounds: Bounds) -> Array:
-        return np.maximum(*self.errors(bounds, self._norm(bounds)))
 
     def errors(self, bounds: Bounds, norm: float) -> tuple[Array, Array]:
         """What every cluster may add to the errors of the evidence and, in units of the scale, of the mean, if it is
@@ -363,7 +360,7 @@ class Query:
         """Squared, to some rows of a chunked array."""
         if not len(which):
             return np.zeros(0)
-        x, alpha = fused.chunked(self.x)[0], np.float32(self.alpha)
+        x, alpha = self.chunks, np.float32(self.alpha)
 
         def part(begin: int, end: int) -> Array:
             out = np.empty(end - begin)
@@ -377,7 +374,7 @@ class Query:
         sizes = np.abs(weights)
         used = np.flatnonzero(sizes * len(sizes) > NEGLIGIBLE * sizes.sum())
         rows, values = which[used], weights[used].astype(np.float32)
-        x = fused.chunked(self.x)[0]
+        x = self.chunks
 
         def part(begin: int, end: int) -> Array:
             total = np.zeros(x.shape)

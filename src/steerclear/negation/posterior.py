@@ -87,8 +87,8 @@ def scaled(x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor, Tensor, Tens
 
     Everything is divided by max(sigma, 1) first, which keeps squares finite in float32 for every sigma it can hold.
     """
-    x, wide = x_t.flatten(1), _accumulator(x_t.device)
-    alpha, sigma = (_column(v, x, wide) for v in (level.alpha, level.sigma))
+    x, wide = x_t.flatten(1), accumulator(x_t.device)
+    alpha, sigma = (column("posterior", v, x, wide) for v in (level.alpha, level.sigma))
     sigma = sigma.clamp(min=SIGMA_FLOOR)
     unit = sigma.clamp(min=1.0)
     constant = x.shape[1] * (math.log(2 * math.pi) / 2 + sigma.log().squeeze(1))
@@ -115,7 +115,7 @@ def squared_distances(x: Tensor, y: Tensor, alpha: Tensor, *, block: int | None 
     if fast and x.device.type == "cpu":
         return _expanded(x.double(), y, alpha.double(), block=block or EXPAND_BLOCK)
     block = block or _block_of(x)
-    (batch, dim), n, wide = x.shape, y.shape[0], _accumulator(x.device)
+    (batch, dim), n, wide = x.shape, y.shape[0], accumulator(x.device)
     columns = min(dim, block)
     rows = max(1, min(n, block // columns))
     samples = max(1, min(batch, block // (columns * rows)))
@@ -204,19 +204,23 @@ def _block_of(x: Tensor) -> int:
     return CPU_BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
 
 
-def _accumulator(device: torch.device) -> torch.dtype:
+def accumulator(device: torch.device) -> torch.dtype:
     """The dtype of sums and logits: float64, except on Apple's MPS, which has none."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _column(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A level's coefficient as ``(batch, 1)``."""
+def column(who: str, value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A level's coefficient as ``(batch, 1)`` for ``x (batch, D)``.
+
+    Raises:
+        InvalidInput: For values per pixel or token, in the name of ``who``.
+    """
     if not isinstance(value, Tensor):
         return torch.full((x.shape[0], 1), value, dtype=dtype, device=x.device)  # a copy from the host would wait
-    column = value.to(x.device, dtype).reshape(-1, 1)
-    if column.shape[0] not in (1, x.shape[0]):
+    values = value.to(x.device, dtype).reshape(-1, 1)
+    if values.shape[0] not in (1, x.shape[0]):
         raise InvalidInput(
-            f"posterior: expected one noise level, or one per sample ({x.shape[0]}), got {column.shape[0]} values; "
+            f"{who}: expected one noise level, or one per sample ({x.shape[0]}), got {values.shape[0]} values; "
             "levels per pixel or token have no single kernel"
         )
-    return column.expand(x.shape[0], 1)
+    return values.expand(x.shape[0], 1)

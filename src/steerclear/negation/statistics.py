@@ -36,7 +36,7 @@ from steerclear.errors import InvalidInput, NegationMismatch
 from steerclear.files.scan import Malformed
 from steerclear.files.tensors import parts
 from steerclear.negation import files
-from steerclear.negation.posterior import SIGMA_FLOOR, Posterior
+from steerclear.negation.posterior import SIGMA_FLOOR, Posterior, accumulator, column
 from steerclear.negation.sets import NegationSet
 from steerclear.negation.space import Space
 from steerclear.noise import NoiseLevel
@@ -164,9 +164,8 @@ class NegationStatistics:
                 f"expected samples of shape (batch, {', '.join(map(str, self.space.shape))}), got {tuple(x_t.shape)}; "
                 "make the statistics again from a negation set of this pipeline at this size"
             )
-        wide = torch.float32 if x_t.device.type == "mps" else torch.float64
-        x = x_t.flatten(1).to(wide)
-        alpha, sigma = (_column(value, x) for value in (level.alpha, level.sigma))
+        x = x_t.flatten(1).to(accumulator(x_t.device))
+        alpha, sigma = (column("NegationStatistics", value, x, x.dtype) for value in (level.alpha, level.sigma))
         remainders, variances, shares = (
             tensor.to(x) for tensor in (self.remainders, self.variances, self.shares / self.shares.sum())
         )
@@ -325,19 +324,6 @@ def _effective(items: NegationSet, rows: list[int]) -> float:
         total[items.digests[row]] = total.get(items.digests[row], 0.0) + weight
     whole = sum(total.values())
     return whole * whole / sum(weight * weight for weight in total.values())
-
-
-def _column(value: float | Tensor, x: Tensor) -> Tensor:
-    """A level's coefficient as ``(batch, 1)`` or ``(1, 1)``."""
-    if not isinstance(value, Tensor):
-        return torch.full((1, 1), value, dtype=x.dtype, device=x.device)
-    column = value.to(x).reshape(-1, 1)
-    if column.shape[0] not in (1, x.shape[0]):
-        raise InvalidInput(
-            f"NegationStatistics: expected one noise level, or one per sample ({x.shape[0]}), got {column.shape[0]} "
-            "values; levels per pixel or token have no single kernel"
-        )
-    return column
 
 
 def _check_shapes(self: NegationStatistics) -> None:
