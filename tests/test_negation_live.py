@@ -244,6 +244,27 @@ def test_all_guards_of_a_trajectory_begin_with_the_same(store):
     assert len(live.at(step(X, {}))) == 8
 
 
+def test_a_store_that_was_opened_twice_is_one_store_to_a_trajectory(store, tmp_path):
+    """By another path, too; and another store is not taken for it."""
+    (tmp_path / "link").symlink_to(store.path)
+    others = [NegationStore.open(path).live() for path in (store.path, os.path.relpath(store.path), tmp_path / "link")]
+    live, memory = store.live(), {}
+    one = live.at(step(X, memory))
+    store.add(drawn(2, 1))
+    assert [len(other) for other in others] == [8, 8, 8]
+    assert all(other.at(step(X, memory)) is one for other in others)
+    with NegationStore.from_set(tmp_path / "y.negation", drawn(3, 2)) as another:
+        assert another.live().at(step(X, memory)).ids == ("2-0", "2-1", "2-2")
+
+
+def test_two_guards_with_a_store_each_opened_go_by_one_moment(store):
+    first, second = GUARDS["two-sample"](store.live()), GUARDS["dynamic"](NegationStore.open(store.path).live())
+    memory, alone = {}, {}
+    acted(first, memory=memory)
+    store.add(drawn(4, 1))
+    assert torch.equal(acted(second, memory=memory), acted(GUARDS["dynamic"](drawn(6)), memory=alone))
+
+
 def test_threads_that_draw_while_another_writes(store):
     """Each of many short trajectories agrees with the plain set of what it began with."""
     live, wrong, done = store.live(), [], threading.Event()

@@ -82,12 +82,14 @@ class LiveSet:
         return self.current.posterior(x_t, level)
 
     def at(self, state: "DenoiseState") -> Snapshot:
-        """What the trajectory of ``state`` goes by: the store as it was at the first call, for all who read it.
+        """What the trajectory of ``state`` goes by: the store as it was at the first call, for all who read it, also if
+        they opened it separately.
 
         Raises:
             NegationFileError: If the store cannot be read.
         """
-        known: Snapshot | None = state.memory.get(self._reader)
+        key = (LiveSet, self._reader.file)
+        known: Snapshot | None = state.memory.get(key)
         if known is None:
-            known = state.memory[self._reader] = self._reader.snapshot()
+            known = state.memory[key] = self._reader.snapshot()
         return known

@@ -167,13 +167,16 @@ class Reader:
     Args:
         folder: The store.
         timeout: Seconds to wait where the database is locked.
+
+    Attributes:
+        file: Device and number of the database file: the same for every reader of the store, by whatever path.
     """
 
     def __init__(self, folder: Path, timeout: float) -> None:
         self.folder, self.timeout = folder, timeout
         self._lock = threading.Lock()
         self._connect()
-        self._file = self._identity()
+        self.file = self._identity()
 
     def _connect(self) -> None:
         self._process = os.getpid()
@@ -200,7 +203,7 @@ class Reader:
             stamp = self._connection.stamp
             if os.getpid() != self._process or (stamp is not None and stamp != database.stamp_of(self.folder)):
                 self._connect()  # not carried over a fork, and not kept where it cannot see a change
-            if self._identity() != self._file:
+            if self._identity() != self.file:
                 raise NegationFileError(
                     f"{self.folder}: expected the store that was opened, got another in its place; open it again"
                 )
