@@ -6,7 +6,6 @@ python -m tests.building SOURCE OUT [workers | ray | killed]
 import hashlib
 import io
 import os
-import signal
 import sys
 import tarfile
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from tests.killing import die_at
 
 from steerclear.negation import Space
 from steerclear.negation.bulk import build_many
@@ -91,23 +91,11 @@ def killed(source, out):
     for writes in (1, 2, 4, 0):
         child = os.fork()
         if child == 0:
-            _die_at(writes)
+            die_at(writes)
             build_many(source, out, load())
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(status, Path(out).exists(), len(list(Path(f"{out}.build").glob("*/*.safetensors"))), flush=True)
-
-
-def _die_at(writes):
-    flush, left = os.fsync, [writes]
-
-    def fsync(handle):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        flush(handle)
-
-    os.fsync = fsync
 
 
 if __name__ == "__main__":

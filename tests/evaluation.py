@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tests.killing import die_at
 
 from steerclear.detect import Thresholds
 from steerclear.evaluate import Arm, Judge, Prompt, Sampling, Task, evaluate
@@ -84,7 +85,7 @@ def killed(folder):
     for writes, seconds in [*((n, 60.0) for n in (1, 2, 5)), *((0, t) for t in (0.1, 0.3)), (0, 60.0)]:
         child = os.fork()
         if child == 0:
-            _die_at(writes)
+            die_at(writes)
             evaluate(task(keep="safe"), folder, pipe=load())
             os._exit(0)
         deadline, status = time.monotonic() + seconds, 0
@@ -95,19 +96,6 @@ def killed(folder):
             time.sleep(0.005)
         status = os.waitstatus_to_exitcode(done[1])
         print(status, len(list(folder.glob("parts/[!.]*"))), len(list(folder.rglob(".*.tmp"))), flush=True)
-
-
-def _die_at(writes):
-    """Makes the n-th flush to the disk the last thing that this process does."""
-    flush, left = os.fsync, [writes]
-
-    def fsync(handle):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        flush(handle)
-
-    os.fsync = fsync
 
 
 if __name__ == "__main__":
