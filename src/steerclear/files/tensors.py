@@ -84,13 +84,14 @@ class TensorFile:
 
     Args:
         path: The file.
+        most: Tensors, at most.
 
     Raises:
         OSError: If it cannot be opened.
         Malformed: If it is no such file. ValueError: for a path that no system can have.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most: int = MAX_TENSORS) -> None:
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe must not block
         handle = os.open(path, flags)
         try:
@@ -100,7 +101,7 @@ class TensorFile:
                 raise Malformed(kind, "a file")
             self._file = os.fdopen(handle, "rb", buffering=0, closefd=False)
             self.size = status.st_size
-            self.metadata, self.entries = self._header()
+            self.metadata, self.entries = self._header(most)
         except BaseException:
             os.close(handle)
             raise
@@ -157,7 +158,7 @@ class TensorFile:
             yield buffer[:count]
             position += count
 
-    def _header(self) -> tuple[dict[str, str], dict[str, Entry]]:
+    def _header(self, most: int) -> tuple[dict[str, str], dict[str, Entry]]:
         length = int.from_bytes(self._file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, self.size - 8):
             raise Malformed(f"a header of {length} bytes in a file of {self.size}")
@@ -170,7 +171,7 @@ class TensorFile:
             text = raw.decode()
         except UnicodeDecodeError as error:
             raise Malformed("a header that is no text") from error
-        metadata, entries = _parsed(Scanner(text, "the header"), 8 + length)
+        metadata, entries = _parsed(Scanner(text, "the header"), 8 + length, most)
         position = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
             if entry.start != position:
@@ -181,10 +182,10 @@ class TensorFile:
         return metadata, entries
 
 
-def _parsed(scanner: Scanner, offset: int) -> tuple[dict[str, str], dict[str, Entry]]:
+def _parsed(scanner: Scanner, offset: int, most: int) -> tuple[dict[str, str], dict[str, Entry]]:
     metadata: dict[str, str] = {}
     entries: dict[str, Entry] = {}
-    for name in scanner.keys(MAX_TENSORS + 1):
+    for name in scanner.keys(most + 1):
         if name == "__metadata__":
             metadata = {key: scanner.string() for key in scanner.keys(MAX_METADATA)}
         else:

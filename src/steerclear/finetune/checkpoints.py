@@ -1,19 +1,19 @@
-"""One safetensors file to go on from: tensors, and beside them JSON that says what they belong to."""
+"""One file to go on from: tensors, and beside them what they belong to."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from steerclear.errors import InvalidInput
-from steerclear.files.tensors import write as write_tensors
+from steerclear.files import states
 from steerclear.finetune.safegen import SafeGen
 from steerclear.finetune.triplets import Triplets
 
-KIND = "steerclear safegen checkpoint 1"
+KIND = "steerclear safegen checkpoint 2"
 Losses = list[tuple[float, float]]
 
 
@@ -34,8 +34,8 @@ def write(path: Path, identity: dict[str, Any], tensors: dict[str, Tensor], loss
     Raises:
         OSError: If it cannot be written.
     """
-    about = {"kind": KIND, "identity": json.dumps(identity, sort_keys=True), "losses": json.dumps(losses)}
-    write_tensors(path, tensors, about)
+    kept = torch.tensor(losses, dtype=torch.float64)
+    states.write(path, {"kind": KIND, "identity": identity, "tensors": tensors, "losses": kept})
 
 
 def read(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Losses]:
@@ -44,27 +44,18 @@ def read(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], Losse
     Raises:
         InvalidInput: If the file is damaged, or belongs to other settings, data or weights.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            if about.get("kind") != KIND:
-                raise InvalidInput(f"{path}: expected a {KIND}, got another file; give another folder")
-            stored, losses = json.loads(about["identity"]), json.loads(about["losses"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except (SafetensorError, ValueError, KeyError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(
-            f"{path}: expected a checkpoint, got a damaged file ({error}); remove it to start again"
-        ) from error
-    other = [key for key in identity["settings"] if stored["settings"].get(key) != identity["settings"][key]]
-    other += [name for name in ("triplets", "network") if stored[name] != identity[name]]
+    stored = states.read(path)
+    if not isinstance(stored, dict) or stored.get("kind") != KIND:
+        raise InvalidInput(f"{path}: expected a {KIND}, got another file; give another folder")
+    known = stored["identity"]
+    other = [key for key in identity["settings"] if known["settings"].get(key) != identity["settings"][key]]
+    other += [name for name in ("triplets", "network") if known[name] != identity[name]]
     if other:
         raise InvalidInput(
             f"{path}: expected a checkpoint of this training, got one with other {', '.join(other)}; "
             "give the same settings, or another folder"
         )
-    return tensors, [(float(mosaic), float(benign)) for mosaic, benign in losses]
+    return stored["tensors"], [(mosaic, benign) for mosaic, benign in stored["losses"].tolist()]
 
 
 def _digest(tensors: list[Tensor], words: list[str] | None = None) -> str:
