@@ -1,5 +1,6 @@
 """Building big negation sets: the same bytes whoever makes them and whatever happened in between."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -14,7 +15,8 @@ from PIL import Image, ImageOps
 from tests.building import TinyEncoder, load, picture, pictures, sha256, table, tar
 
 from steerclear import workers
-from steerclear.errors import InvalidInput, MissingExtra, SteerclearError
+from steerclear.errors import InvalidInput, MissingExtra, NegationFileError, SteerclearError
+from steerclear.files import lock
 from steerclear.negation import NegationSet
 from steerclear.negation.bulk import assemble, build_many, parts, sources
 from steerclear.negation.bulk.entries import cut
@@ -364,6 +366,96 @@ def test_a_damaged_part_is_made_again(source, whole, tmp_path, damage):
     first.write_bytes(changed)
     assert build_many(source, out, load()).encoded > 0
     assert sha256(out) == sha256(whole)
+
+
+# -- one at a time ----------------------------------------------------------------------------------------------------
+
+
+class Calling(TinyEncoder):
+    """Does something else before each picture."""
+
+    def __init__(self, action, **fields):
+        super().__init__(**fields)
+        object.__setattr__(self, "action", action)
+
+    def encode(self, images):
+        self.action()
+        return super().encode(images)
+
+
+@pytest.mark.parametrize("name", ["a.negation", "a.safetensors"])
+def test_a_second_build_of_one_output_is_refused_before_it_encodes(source, tmp_path, name):
+    said, out = [], tmp_path / name
+
+    def second():
+        with pytest.raises(NegationFileError, match="expected to be alone in building it, got another build") as error:
+            build_many(source, Path(os.path.relpath(out)), Counting([], fail_at=0))
+        said.append(error)
+
+    built = build_many(source, out, Calling(second))
+    assert (built.items, len(said)) == (150, 152)  # one picture is tried first
+    assert left(out) == []
+    build_many(source, tmp_path / "b.safetensors", Calling(lambda: None))  # and nobody is kept from another output
+
+
+def test_ranks_of_one_job_are_one_build(source, whole, tmp_path):
+    out, shards = tmp_path / "bad.safetensors", [Shard(index=index, count=2) for index in (0, 1)]
+    meanwhile = [lambda: build_many(source, out, load(), shard=shards[1])]
+    build_many(source, out, Calling(lambda: meanwhile and meanwhile.pop()()), shard=shards[0], timeout=0)
+    assert sha256(out) == sha256(whole)
+    assert left(out) == []
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from steerclear.files.lock import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_build_keeps_nobody_out(source, tmp_path):
+    out = tmp_path / "a.negation"
+    command = [sys.executable, "-c", HOLD, str(tmp_path / ".a.negation.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(NegationFileError, match="another build at work"):
+            build_many(source, out, Counting([], fail_at=0))
+        holder.kill()
+    assert left(out) == [".a.negation.lock"]
+    assert build_many(source, out, load()).items == 150
+    assert left(out) == []
+
+
+def test_a_lock_is_that_of_the_file_that_is_there(tmp_path, monkeypatch):
+    """Whoever opened the file before its holder removed it must not believe to be alone."""
+    path, take, opened = tmp_path / "lock", lock._lock, []
+
+    def late(handle):
+        opened.append(handle)
+        if len(opened) == 1:
+            path.unlink()
+        take(handle)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with lock.alone(path):
+        assert len(opened) == 2
+        with pytest.raises(BlockingIOError), lock.alone(path):
+            pass
+    assert not path.exists()
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    import fcntl
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with lock.alone(tmp_path / "lock"), lock.alone(tmp_path / "lock"):
+        pass
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------

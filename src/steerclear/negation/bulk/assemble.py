@@ -1,7 +1,8 @@
 """From parts to a set: in the order of the source, every picture once, every name once."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from steerclear.errors import InvalidInput, NegationFileError, SteerclearError
 from steerclear.files import sync_folder
+from steerclear.files.lock import alone
 from steerclear.files.tensors import MAX_HEADER
 from steerclear.negation.bulk import parts
 from steerclear.negation.bulk.entries import Chunk, clean
@@ -51,15 +53,40 @@ class Item(NamedTuple):
     space: Space
 
 
+@contextmanager
+def claimed(out: Path, *, first: bool) -> Generator[None]:
+    """The target for one build, from before anything is encoded to the end: its draft and its parts are nobody else's.
+
+    Args:
+        out: The target.
+        first: Whether this is the rank that puts the set together; it stands for the others.
+
+    Raises:
+        InvalidInput: If the folder is missing.
+        NegationFileError: If another build of this target is at work, or the folder cannot be written.
+    """
+    if not out.parent.is_dir():
+        raise InvalidInput(f"{out}: expected an existing folder, got {out.parent}; create it first")
+    with ExitStack() as stack:
+        try:
+            if first:
+                stack.enter_context(alone(out.parent / f".{out.name}.lock"))
+        except BlockingIOError as error:
+            raise NegationFileError(
+                f"{out}: expected to be alone in building it, got another build at work; wait until it has ended, or "
+                "give another name"
+            ) from error
+        except OSError as error:
+            raise NegationFileError(f"{out}: expected a place that may be written, got {error.strerror}") from error
+        yield
+
+
 def check(out: Path, chunks: Sequence[Chunk]) -> None:
     """Before anything is encoded: can the target hold this?
 
     Raises:
-        InvalidInput: If the folder is missing, the target is no file or an existing store, or a file's header cannot
-            hold that many names.
+        InvalidInput: If the target is no file or an existing store, or a file's header cannot hold that many names.
     """
-    if not out.parent.is_dir():
-        raise InvalidInput(f"{out}: expected an existing folder, got {out.parent}; create it first")
     if out.suffix == SUFFIX:
         if out.exists():
             raise InvalidInput(f"{out}: expected a new name, got one that is taken; add to it, or build another one")

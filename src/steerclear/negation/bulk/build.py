@@ -116,7 +116,8 @@ def build_many(
 
     Raises:
         InvalidInput: If there is no picture, none that can be used, or more than one file can name.
-        NegationFileError: If a tar or Parquet file is damaged, or something cannot be written.
+        NegationFileError: If a tar or Parquet file is damaged, something cannot be written, or another build of this
+            output is at work.
         MissingExtra: If Ray is wanted and not installed.
         SteerclearError: If a worker died or a rank did not come; what was finished is kept.
 
@@ -130,25 +131,28 @@ def build_many(
             f"got {workers} workers"
         )
     target, shard = Path(out), shard or own_shard()
-    chunks = tuple(cut(sources.entries(source, label=label, root=root)))
-    assemble.check(target, chunks)
-    folder = target.parent / f"{target.name}.build" if parts is None else Path(parts)
-    notes = assemble.Notes.of(provenance, licence)
-    mine = [(index, chunks[index]) for index in shard.span(len(chunks))]
-    job = partial(Worker, folder.absolute(), load or (lambda: encoder), None if root is None else Path(root).absolute())
-    total = sum(len(chunk) for _, chunk in mine)
-    hidden = None if progress and not shard.index else True  # None: hidden unless somebody watches
-    with tqdm(total=total, desc="encode", unit="picture", disable=hidden) as bar:
-        made: list[Made] = []
-        for one in _made(job, mine, workers, ray):
-            made.append(one)
-            bar.update(one.pictures)
-        found = {one.number: one.part for one in made}
-        if shard.count > 1:
-            found = _all_ranks(Board(folder, digest(chunks), shard.count), shard, found, timeout, bar)
-    items, skipped = (0, ()) if shard.index else assemble.write(target, folder, chunks, found, notes)
-    if not shard.index:
-        _sweep(folder, set(found.values()) if keep else set())
+    with assemble.claimed(target, first=not shard.index):
+        chunks = tuple(cut(sources.entries(source, label=label, root=root)))
+        assemble.check(target, chunks)
+        folder = target.parent / f"{target.name}.build" if parts is None else Path(parts)
+        notes = assemble.Notes.of(provenance, licence)
+        mine = [(index, chunks[index]) for index in shard.span(len(chunks))]
+        job = partial(
+            Worker, folder.absolute(), load or (lambda: encoder), None if root is None else Path(root).absolute()
+        )
+        total = sum(len(chunk) for _, chunk in mine)
+        hidden = None if progress and not shard.index else True  # None: hidden unless somebody watches
+        with tqdm(total=total, desc="encode", unit="picture", disable=hidden) as bar:
+            made: list[Made] = []
+            for one in _made(job, mine, workers, ray):
+                made.append(one)
+                bar.update(one.pictures)
+            found = {one.number: one.part for one in made}
+            if shard.count > 1:
+                found = _all_ranks(Board(folder, digest(chunks), shard.count), shard, found, timeout, bar)
+        items, skipped = (0, ()) if shard.index else assemble.write(target, folder, chunks, found, notes)
+        if not shard.index:
+            _sweep(folder, set(found.values()) if keep else set())
     return Built(
         out=None if shard.index else target,
         items=items,
