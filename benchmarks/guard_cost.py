@@ -11,8 +11,6 @@ weights is timed, on a GPU in float16 if there is one, beside exact passes over 
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import machine
 import torch
 from torch import Tensor
+from watch import Watch, timed
 
 import steerclear
 from steerclear import zoo
@@ -32,15 +31,10 @@ STEPS, CFG, DIM = 25, 3.0, 16_384
 FLOP_STEP = 2 * 0.80e12
 
 
-class Watch:
-    """A guard that changes nothing and keeps what it is shown."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, DenoiseState]] = []
-
-    def __call__(self, denoised: Tensor, state: DenoiseState) -> None:
-        kept = DenoiseState(x_t=state.x_t.clone(), level=state.level, step=state.step, num_steps=state.num_steps)
-        self.seen.append((denoised.clone(), kept))
+def shown(denoised: Tensor, state: DenoiseState) -> tuple[Tensor, DenoiseState]:
+    """What a guard is called with, without the trajectory's memory."""
+    kept = DenoiseState(x_t=state.x_t.clone(), level=state.level, step=state.step, num_steps=state.num_steps)
+    return denoised.clone(), kept
 
 
 def guards(negation: NegationSet, safe: NegationSet) -> dict[str, Any]:
@@ -56,17 +50,6 @@ def guards(negation: NegationSet, safe: NegationSet) -> dict[str, Any]:
     }
 
 
-def timed(action: Callable[[], Any], repeats: int = 5) -> float:
-    """Median milliseconds, the first call not counted."""
-    action()
-    found: list[float] = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        found.append(1e3 * (time.perf_counter() - start))
-    return median(found)
-
-
 def on_emoji(threads: int) -> dict[str, Any]:
     """Every guard on the shipped model, at the size of its own sets and at 3 000 items."""
     pipe = zoo.load("emoji-sd")
@@ -76,7 +59,7 @@ def on_emoji(threads: int) -> dict[str, Any]:
     result: dict[str, Any] = {"threads": threads, "rows": []}
     grown = [grow(policy.negation, 3000), grow(policy.safe, 3000)]
     for batch in (1, 8):
-        watch, prompts = Watch(), ["a red apple"] * batch
+        watch, prompts = Watch(shown), ["a red apple"] * batch
         with steerclear.attach(pipe, watch):
             pipe(prompts, generator=[torch.Generator().manual_seed(k) for k in range(batch)], **call)
         step = timed(lambda prompts=prompts: pipe(prompts, **call), 3) / STEPS

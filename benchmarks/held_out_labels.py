@@ -9,12 +9,12 @@ trajectory reaches the threshold that is calibrated without their label. Writes 
 
 import json
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from watch import Watch
 
 from steerclear import DenoiseState, Prompt, Seen, attach, zoo
 from steerclear.evaluate import rate
@@ -24,15 +24,9 @@ from steerclear.guards import Requires
 BATCH = 8
 
 
-@dataclass(frozen=True, eq=False)
-class Watch:
-    """Keeps every step's level and conditional estimate."""
-
-    seen: list[tuple[DenoiseState, Tensor]] = field(default_factory=list)
-    requires: Requires = field(default_factory=lambda: Requires(branches=True))
-
-    def __call__(self, denoised: Tensor, state: DenoiseState) -> None:
-        self.seen.append((state, state.branches["conditional"].clone()))
+def conditional(denoised: Tensor, state: DenoiseState) -> tuple[DenoiseState, Tensor]:
+    """A step's level and conditional estimate."""
+    return state, state.branches["conditional"].clone()
 
 
 def reached(weight: Seen, steps: list[tuple[DenoiseState, Tensor]], row: int) -> bool:
@@ -69,7 +63,7 @@ def main() -> None:
     pipe = zoo.load("emoji-sd")
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(todo), BATCH), unit="batch"):
-        part, watch = todo[start : start + BATCH], Watch()
+        part, watch = todo[start : start + BATCH], Watch(conditional, Requires(branches=True))
         generators = [torch.Generator().manual_seed(int(prompt.digest[:8], 16)) for prompt in part]
         with attach(pipe, watch):
             texts = [prompt.text for prompt in part]

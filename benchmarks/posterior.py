@@ -14,15 +14,14 @@ Medians of wall time in one run, in which the rows of a table take turns. D = 16
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import machine
 import torch
 from torch import Tensor
+from watch import in_turns
 
 from steerclear.negation import posterior as exact
 from steerclear.noise import NoiseLevel
@@ -68,18 +67,6 @@ def drawn(n: int, batch: int, level: NoiseLevel) -> tuple[Tensor, Tensor]:
     return level.alpha * y[torch.randint(n, (batch,), generator=rng)] + level.sigma * noise, y
 
 
-def timed(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each; they take turns, so that a busy moment meets all of them."""
-    found: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(repeats + 1):
-        for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            if turn:  # the first is for compiling and for caches
-                found[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(values) for name, values in found.items()}
-
-
 def tensor_operations(x: Tensor, y: Tensor, level: NoiseLevel) -> Any:  # noqa: ANN401
     """The same without compiled kernels."""
     compiled, exact._compiled = exact._compiled, lambda x, y: None
@@ -102,7 +89,7 @@ def row(n: int, batch: int, repeats: int, *, with_published: bool) -> dict[str, 
     }
     if with_published:
         actions["published"] = lambda: published(x, y)
-    times = timed(actions, repeats)
+    times = in_turns(actions, repeats)
     result: dict[str, Any] = {"n": n, "batch": batch, "ms": {name: round(value, 3) for name, value in times.items()}}
     result["reads"] = {name: round(times[f"{name}, one pass"] / times[f"{name}, read"], 2) for name in HALF}
     if with_published:

@@ -15,13 +15,13 @@ import platform
 import sqlite3
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from watch import timed
 
 import steerclear
 from steerclear.denoise import DenoiseState
@@ -32,6 +32,7 @@ from steerclear.noise import NoiseLevel
 SPACE = Space(encoder="pixels", shape=(4, 16, 16), name="benchmark")
 REPEATS = 25
 STEP = 10_000  # items added at a time
+once = partial(timed, repeats=1, warm=False)
 
 
 def drawn(n: int, seed: int) -> NegationSet:
@@ -44,21 +45,14 @@ def drawn(n: int, seed: int) -> NegationSet:
     )
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Milliseconds that it takes."""
-    start = time.perf_counter()
-    action()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def measure(n: int, folder: Path) -> dict[str, Any]:
     """The figures at one size."""
     path, file = folder / f"{n}.negation", folder / f"{n}.safetensors"
     store = NegationStore.create(path, SPACE)
-    filling = sum(timed(lambda k=k: store.add(drawn(min(STEP, n - k), k))) for k in range(0, n, STEP))
+    filling = sum(once(lambda k=k: store.add(drawn(min(STEP, n - k), k))) for k in range(0, n, STEP))
     reader = NegationStore.open(path, readonly=True)
     result: dict[str, Any] = {"items": n, "add, each of many": filling / n}
-    result["first look"] = timed(reader.snapshot)
+    result["first look"] = once(reader.snapshot)
     live, weight = reader.live(), TwoSample(safe=drawn(1000, 10**9), bandwidth=1.0)
     x = torch.zeros(1, *SPACE.shape)
 
@@ -69,25 +63,23 @@ def measure(n: int, folder: Path) -> dict[str, Any]:
     took: dict[str, list[float]] = {}
     for k in range(REPEATS):
         one = drawn(1, 10**6 + k)
-        took.setdefault("add", []).append(timed(lambda one=one: store.add(one)))
-        took.setdefault("follow an addition", []).append(timed(follow))
-        took.setdefault("follow nothing", []).append(timed(lambda: live.current))
-        waited = timed(lambda: (os.write(probe, bytes(2048)), os.fsync(probe)))
+        took.setdefault("add", []).append(once(lambda one=one: store.add(one)))
+        took.setdefault("follow an addition", []).append(once(follow))
+        took.setdefault("follow nothing", []).append(once(lambda: live.current))
+        waited = once(lambda: (os.write(probe, bytes(2048)), os.fsync(probe)))
         took.setdefault("write and fsync 2 KiB", []).append(waited)
     os.close(probe)
     for k in range(REPEATS):
-        took.setdefault("remove", []).append(timed(lambda k=k: store.remove(f"folder/{10**6 + k}-0")))
-        took.setdefault("follow a removal", []).append(timed(follow))
+        took.setdefault("remove", []).append(once(lambda k=k: store.remove(f"folder/{10**6 + k}-0")))
+        took.setdefault("follow a removal", []).append(once(follow))
     for k in range(3):
         store.remove(f"folder/0-{k + 1}")
-        took.setdefault("compact", []).append(timed(store.compact))
-        took.setdefault("follow a compaction", []).append(timed(follow))
-        took.setdefault("verify", []).append(timed(store.verify))
+        took.setdefault("compact", []).append(once(store.compact))
+        took.setdefault("follow a compaction", []).append(once(follow))
+        took.setdefault("verify", []).append(once(store.verify))
     store.to_set().save(file)
     for _ in range(3):
-        took.setdefault("single file: add", []).append(
-            timed(lambda: NegationSet.load(file).add(drawn(1, 7)).save(file))
-        )
+        took.setdefault("single file: add", []).append(once(lambda: NegationSet.load(file).add(drawn(1, 7)).save(file)))
     result |= {name: median(values) for name, values in took.items()}
     result["MiB on disk"] = sum(each.stat().st_blocks for each in path.iterdir()) / 2048
     return {name: round(value, 4) for name, value in result.items()}
