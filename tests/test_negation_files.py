@@ -324,7 +324,7 @@ def test_other_tensors_are_refused(tmp_path, metadata, changes, match):
     ("changes", "match"),
     [
         ({"format": None}, "format"),
-        ({"format": "pt"}, "expected format 'steerclear.negation', got format 'pt'"),
+        ({"format": "pt"}, "expected a negation set, got a file of format 'pt'; check the path"),
         ({"version": "2"}, "expected file version 1, got '2'; load it with the release"),
         ({"version": None}, "got None"),
         ({"space": None}, "JSON object in 'space'"),

@@ -79,10 +79,10 @@ def test_help_is_fast():
 
 
 def test_debug_shows_the_traceback(steerclear):
-    quiet = steerclear("negate", "verify", "missing.safetensors", code=1)
+    quiet = steerclear("negate", "verify", "missing.safetensors", code=2)
     assert quiet.stderr.startswith("error: missing.safetensors")
     loud = steerclear("--debug", "negate", "verify", "missing.safetensors", code=1)
-    assert type(loud.exception).__name__ == "NegationFileError"
+    assert type(loud.exception).__name__ == "InvalidInput"
 
 
 def test_unknown_words_are_usage_errors(steerclear):

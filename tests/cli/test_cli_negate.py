@@ -117,7 +117,7 @@ def test_verify_refuses_another_encoder(steerclear, bad, tmp_path):
     [
         (("build", "-o", "x.safetensors"), "one of the two", 2),
         (("build", "missing", "-o", "x.safetensors"), "missing", 2),
-        (("inspect", "missing.safetensors"), "missing.safetensors", 1),
+        (("inspect", "missing.safetensors"), "missing.safetensors", 2),
         (("verify", os.devnull), "error:", 1),
     ],
 )

@@ -10,6 +10,7 @@ from steerclear import zoo
 from steerclear.app.files import sha256
 from steerclear.app.negation import digest, followed
 from steerclear.errors import InvalidInput
+from steerclear.negation import NegationStatistics
 
 if TYPE_CHECKING:
     from steerclear.attach import PromptGuard
@@ -28,7 +29,7 @@ class GuardChoice:
         kinds: Applied one after the other; none picks what the rest needs. For policies those of
             :mod:`steerclear.app.arms` that take policies, for own sets those of :data:`OWN`.
         policies: Names of shipped policies.
-        negations: Own negation sets: files, or stores, which the guard follows.
+        negations: Own negation sets: files, statistics, or stores, which the guard follows.
         safe: A safe reference set for them, likewise.
         strength: In place of the default.
         bandwidth: Kernel width for own sets, in latent units; ``None`` is the step's own noise level.
@@ -170,6 +171,11 @@ def _own(kind: str, path: Path, choice: GuardChoice) -> "Guard":
     negation = followed(path)
     if kind == "published":
         scale = {} if choice.strength is None else {"scale": choice.strength}
+        if isinstance(negation, NegationStatistics):
+            raise InvalidInput(
+                f"guard: --guard published compares with every item, got statistics, which keep none, in {path}; "
+                "use --guard safe-denoiser or dynamic, or give the set that they were made of"
+            )
         return SafeDenoiser.published(negation, **scale)
     strength = 1.0 if choice.strength is None else choice.strength
     if kind == "dynamic":

@@ -7,17 +7,6 @@ from typing import Any
 from steerclear.app.files import sha256
 from steerclear.errors import InvalidInput
 from steerclear.negation import NegationSet, NegationStatistics
-from steerclear.negation.files import format_of
-from steerclear.negation.statistics import FORMAT
-
-
-def is_summary(file: Path) -> bool:
-    """Whether a file holds statistics and not items.
-
-    Raises:
-        NegationFileError: If it cannot be read.
-    """
-    return format_of(file) == FORMAT
 
 
 def summarised(

@@ -27,6 +27,15 @@ from steerclear.files.tensors import MAX_HEADER, TensorFile, data, parts
 from steerclear.negation.space import Space
 
 FORMAT, VERSION = "steerclear.negation", "1"
+#: What this package writes, by format: in words, and what to do with one in the place of another.
+KINDS = {
+    FORMAT: ("a negation set", "load it with NegationSet.load; NegationStatistics.of makes statistics of it"),
+    "steerclear.statistics": (
+        "statistics, which keep no items",
+        "load them with NegationStatistics.load, or give the set that they were made of",
+    ),
+    "steerclear.seen.1": ("references as a model saw them", "load them with SeenReferences.load"),
+}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TEXT = 1 << 20  # characters of JSON of an unknown form, such as a space: what it takes in memory is bounded
 LONGEST = 500  # characters of a message that somebody else's file may have written
@@ -76,7 +85,7 @@ def replace(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
         NegationFileError: If it cannot be done; the message says what to do.
     """
     try:
-        _check_target(path)
+        check_target(path)
         write_atomic(path, content)
     except (OSError, ValueError) as error:
         raise NegationFileError(
@@ -97,9 +106,7 @@ def read(path: Path, *, mapped: bool = False) -> Stored:
         NegationFileError: If it is missing, not a plain file, truncated, of another format, or inconsistent.
     """
     with opened(path) as file:
-        if (found := file.metadata.get("format")) != FORMAT:
-            raise Malformed(f"format {found!r}", f"format {FORMAT!r}")
-        check_version(path, file.metadata, VERSION)
+        check_format(path, file.metadata, FORMAT, VERSION)
         return _parse(file, mapped)
 
 
@@ -139,8 +146,11 @@ def opened(path: Path, written: str = "a negation set written by NegationSet.sav
         ) from error
 
 
-def check_version(path: Path, metadata: Mapping[str, str], version: str) -> None:
-    """Raises NegationFileError for a file of another version."""
+def check_format(path: Path, metadata: Mapping[str, str], expected: str, version: str) -> None:
+    """Raises NegationFileError for a whole file of another kind, or of another version."""
+    if (kind := metadata.get("format")) != expected:
+        got, instead = KINDS.get(kind or "", (f"a file of format {kind and kind[:40]!r}", "check the path"))
+        raise NegationFileError(f"{path}: expected {KINDS[expected][0]}, got {got}; {instead}")
     if (found := metadata.get("version")) != version:
         raise NegationFileError(
             f"{path}: expected file version {version}, got {found and found[:40]!r}; "
@@ -244,7 +254,8 @@ def _parse(file: TensorFile, mapped: bool) -> Stored:
     return Stored(latents, weights.float(), ids, labels, digests, where)
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
+    """Raises NegationFileError for a path where no file can be written; look before the work is done."""
     if path.is_symlink():
         raise NegationFileError(f"{path}: expected a plain file to replace, got a symbolic link; give {path.resolve()}")
     if path.exists() and not path.is_file():

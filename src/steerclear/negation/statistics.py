@@ -257,9 +257,7 @@ class NegationStatistics:
         """
         where = Path(path)
         with files.opened(where, "statistics written by NegationStatistics.save") as file:
-            if (found := file.metadata.get("format")) != FORMAT:
-                raise Malformed(f"format {found!r}", f"format {FORMAT!r}")
-            files.check_version(where, file.metadata, VERSION)
+            files.check_format(where, file.metadata, FORMAT, VERSION)
             if {name: entry.code for name, entry in file.entries.items()} != {
                 name: "I64" if name == "counts" else "F32" for name in _TENSORS
             }:

@@ -15,11 +15,20 @@ from steerclear.app.cli.generate import generate
 from steerclear.app.cli.guards import guards
 from steerclear.app.cli.models import models
 from steerclear.app.cli.negate import negate
-from steerclear.errors import InvalidInput, SteerclearError
+from steerclear.errors import (
+    InvalidInput,
+    NegationFileError,
+    NegationMismatch,
+    SteerclearError,
+    UnsoundCombination,
+)
+
+_ASKED = (InvalidInput, NegationFileError, NegationMismatch, UnsoundCombination)
 
 
 class Shell(click.Group):
-    """A group whose expected errors are one line on stderr: exit code 2 for wrong input, 1 for everything else."""
+    """A group whose expected errors are one line on stderr: exit code 2 for what was asked for in a way that cannot
+    work (a value, a file, a combination), 1 for everything else."""
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401  (as click declares it)
         try:
@@ -30,7 +39,7 @@ class Shell(click.Group):
             if ctx.params.get("debug"):
                 raise
             click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
-            ctx.exit(2 if isinstance(error, InvalidInput) else 1)
+            ctx.exit(2 if isinstance(error, _ASKED) else 1)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:

@@ -157,6 +157,7 @@ def _drawing(choice: Any, rest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  
     from steerclear.app.generate import Drawing
     from steerclear.app.guards import build
     from steerclear.app.identity import identity
+    from steerclear.app.negation import kind
 
     width, height = _size(rest["size"])
     shipped = rest["model"] in {model.name for model in zoo.shipped()}
@@ -164,6 +165,8 @@ def _drawing(choice: Any, rest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  
     cfg = rest["cfg"] if rest["cfg"] is not None or not shipped else 3.0
     call = {"num_inference_steps": steps, "guidance_scale": cfg, "width": width, "height": height}
     call = {name: value for name, value in call.items() if value is not None}
+    for path in filter(None, (*choice.negations, choice.safe)):
+        kind(path)  # before a model is loaded
     pipe = options.load(rest["model"], rest["device"], rest["dtype"])
     chosen = build(choice, pipe)
     if rest["scheduler"]:

@@ -150,7 +150,12 @@ def build_many(
             found = {one.number: one.part for one in made}
             if shard.count > 1:
                 found = _all_ranks(Board(folder, digest(chunks), shard.count), shard, found, timeout, bar)
-        items, skipped = (0, ()) if shard.index else assemble.write(target, folder, chunks, found, notes)
+        try:
+            items, skipped = (0, ()) if shard.index else assemble.write(target, folder, chunks, found, notes)
+        except InvalidInput:
+            if not any(one.encoded for one in made):  # nothing that a later run could use
+                _sweep(folder, set())
+            raise
         if not shard.index:
             _sweep(folder, set(found.values()) if keep else set())
     return Built(

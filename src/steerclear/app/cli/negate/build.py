@@ -8,6 +8,7 @@ import click
 
 from steerclear.app.cli import options
 from steerclear.app.cli.negate import common
+from steerclear.errors import InvalidInput
 
 if TYPE_CHECKING:
     from steerclear.negation import NegationSet
@@ -51,17 +52,34 @@ With --prompt the model draws the pictures itself, so that nobody has to keep an
 @options.as_json
 def build(sources: tuple[str, ...], out: Path, as_json: bool, **rest: Any) -> None:  # noqa: ANN401  (options)
     """Encode pictures, or what PROMPTs draw, into a negation set."""
-    from steerclear.app.negation import is_store
+    from steerclear.app import negation
 
     if bool(sources) == bool(rest["prompts"]):
         raise click.UsageError("Give SOURCE, such as a folder of pictures, or --prompt TEXT, one of the two.")
-    common.only_stores(out, rest)
-    if is_store(out) and out.exists():
-        raise click.UsageError(f"{out} is there already; use: steerclear negate add {out} SOURCE")
+    store = out.suffix == negation.SUFFIX
+    common.only_stores(out, store, rest)
+    if store:
+        negation.require_new_store(out, "SOURCE")
+    else:
+        negation.require_target(out, negation.FILE)
     if sources:
+        _no_sets(sources)
         _encoded(sources, out, as_json, rest)
     else:
         _drawn(out, as_json, rest)
+
+
+def _no_sets(sources: tuple[str, ...]) -> None:
+    """Refuse sets among the pictures."""
+    from steerclear.app import negation
+    from steerclear.negation.database import NAME
+
+    for source in map(Path, sources):
+        if (source.suffix == ".safetensors" and source.is_file()) or (source / NAME).exists():
+            raise InvalidInput(
+                f"{source}: expected pictures, got {negation.kind(source)}; give the pictures that it was made of, or "
+                "put one set into another with: steerclear negate add SET OTHER"
+            )
 
 
 def _encoded(sources: tuple[str, ...], out: Path, as_json: bool, rest: dict[str, Any]) -> None:
@@ -116,11 +134,11 @@ def _costs(built: "Built") -> dict[str, Any]:
 
 
 def _drawn(out: Path, as_json: bool, rest: dict[str, Any]) -> None:
-    from steerclear.app.negation import is_store
     from steerclear.negation import NegationStore
+    from steerclear.negation.store import SUFFIX
 
     made = _made(common.pipe(rest), rest)
-    if is_store(out):
+    if out.suffix == SUFFIX:
         provenance = f"drawn by {rest['model']}" if rest["provenance"] is None else rest["provenance"]
         NegationStore.from_set(out, made, provenance=provenance, licence=rest["licence"] or "").close()
     else:

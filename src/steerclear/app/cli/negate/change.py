@@ -1,12 +1,17 @@
 """``steerclear negate add`` and ``remove``."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from steerclear.app.cli import options
 from steerclear.app.cli.negate import common
+from steerclear.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from steerclear.negation import NegationSet, Space
 
 
 @click.command(
@@ -31,29 +36,19 @@ def add(file: Path, sources: tuple[Path, ...], out: Path | None, as_json: bool, 
     from steerclear.negation import NegationStore
 
     store = _in_place(file, out)
-    common.only_stores(file, rest)
-    if store:
-        NegationStore.open(file).close()  # is it one? before a model is loaded
-    made = [_is_made(source) for source in sources]
-    pipe = None if all(made) else common.pipe(rest)
-    found = [
-        load(source) if ready else common.encoded(source, pipe, rest["label"])
-        for source, ready in zip(sources, made, strict=True)
-    ]
-    skipped = [skip for new in found for skip in new.skipped]
+    common.only_stores(file, store, rest)
+    made = [common.is_made(source) for source in sources]
     if not store:
-        changed = load(file)
-        known = len(changed.skipped)
-        for new in found:
-            changed = changed.add(new)
+        items = load(file)
+        changed, _ = _joined([items, *_found(items.space, sources, made, rest)])
         changed.save(out or file, dtype=precision(file))
-        common.report(out or file, as_json, changed.skipped[known:])
+        common.report(out or file, as_json, changed.skipped)
         return
     with NegationStore.open(file) as opened:
-        for source, new in zip(sources, found, strict=True):
-            provenance = str(source) if rest["provenance"] is None else rest["provenance"]
-            skipped += opened.add(new, provenance=provenance, licence=rest["licence"] or "")
-    common.report(file, as_json, skipped)
+        new, origins = _joined(_found(opened.space, sources, made, rest))
+        provenance = [str(sources[k]) for k in origins] if rest["provenance"] is None else rest["provenance"]
+        skipped = opened.add(new, provenance=provenance, licence=rest["licence"] or "")
+    common.report(file, as_json, [*new.skipped, *skipped])
 
 
 @click.command(
@@ -85,15 +80,47 @@ def remove(file: Path, ids: tuple[str, ...], out: Path | None, as_json: bool) ->
 
 def _in_place(file: Path, out: Path | None) -> bool:
     """Whether a store is to be changed."""
-    from steerclear.app.negation import is_store
+    from steerclear.app import negation
 
-    if is_store(file) and out is not None:
+    store = negation.require(file, negation.FILE, negation.STORE) == negation.STORE
+    if store and out is not None:
         raise click.UsageError(f"A store is changed in place; for a file of it use: steerclear negate export {file}")
-    return is_store(file)
+    if not store:
+        negation.require_target(out or file, negation.FILE)
+    return store
 
 
-def _is_made(source: Path) -> bool:
-    """Whether a source is a negation set already, and no pictures."""
-    from steerclear.negation.database import NAME
+def _found(
+    space: "Space", sources: Sequence[Path], made: Sequence[bool], rest: dict[str, Any]
+) -> "Sequence[NegationSet]":
+    """What the sources hold; sets are read, and the model looked at, before any picture is encoded.
 
-    return source.suffix == ".safetensors" or (source / NAME).exists()
+    Raises:
+        InvalidInput: If the model's encoder is not the one that made the set.
+        NegationMismatch: If a set comes from another encoder.
+    """
+    from steerclear.app.negation import load
+    from steerclear.negation import encoder_of
+
+    read = {k: load(source) for k, source in enumerate(sources) if made[k]}
+    for items in read.values():
+        space.require(items.space)
+    if not all(made):
+        pipe = common.pipe(rest)
+        own = encoder_of(pipe).space
+        if (own.encoder, own.shape) != (space.encoder, space.shape):
+            raise InvalidInput(
+                f"add: expected the model whose encoder made the set, {space}; got {rest['model']}, {own}; "
+                "give that one as --model"
+            )
+        read |= {k: common.encoded(source, pipe, rest["label"]) for k, source in enumerate(sources) if not made[k]}
+    return [read[k] for k in range(len(sources))]
+
+
+def _joined(sets: "Sequence[NegationSet]") -> "tuple[NegationSet, list[int]]":
+    """All of them as one set, and of which each item is."""
+    whole, origins = sets[0], [0] * len(sets[0])
+    for k, new in enumerate(sets[1:], 1):
+        whole = whole.add(new)
+        origins += [k] * (len(whole) - len(origins))
+    return whole, origins

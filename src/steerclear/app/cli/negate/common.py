@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 SET = click.argument("file", type=options.SET, metavar="SET")
-TARGET = click.option("-o", "--out", type=options.FILE, help="Write a file here instead of changing SET.")
+TARGET = click.option(
+    "-o", "--out", type=options.SET, metavar="FILE", help="Write a file here instead of changing SET."
+)
 
 
 def notes(function: _F) -> _F:
@@ -24,6 +26,25 @@ def notes(function: _F) -> _F:
     provenance = click.option("--provenance", help="Store: where pictures come from. Default: SOURCE, or the model.")
     licence = click.option("--licence", help="Store: terms under which they are kept, such as CC0 or a ticket number.")
     return provenance(licence(function))
+
+
+def is_made(source: Path) -> bool:
+    """Whether a source of items is a negation set already, and no pictures.
+
+    Raises:
+        InvalidInput: If there is nothing, or statistics.
+        NegationFileError: If it is named like a set and is none.
+    """
+    from steerclear.app import negation
+    from steerclear.negation.database import NAME
+    from steerclear.negation.store import SUFFIX
+
+    if source.suffix in (".safetensors", SUFFIX) or (source / NAME).exists():
+        negation.require(source, negation.FILE, negation.STORE)
+        return True
+    if not source.exists():
+        raise InvalidInput(f"{source}: expected pictures or a negation set, found nothing there; check the path")
+    return False
 
 
 def pipe(rest: dict[str, Any]) -> Any:  # noqa: ANN401  (some diffusers pipeline)
@@ -40,16 +61,12 @@ def encoded(source: Path, pipe: Any, label: str | None) -> "NegationSet":  # noq
     """
     from steerclear.negation import NegationSet
 
-    if not source.exists():
-        raise InvalidInput(f"{source}: expected a folder or a picture, found nothing there")
     return NegationSet.encode(source, pipe, labels=label)
 
 
-def only_stores(path: Path, rest: dict[str, Any]) -> None:
+def only_stores(path: Path, store: bool, rest: dict[str, Any]) -> None:
     """Refuse notes that a single file cannot keep."""
-    from steerclear.app.negation import is_store
-
-    if not is_store(path) and (rest["provenance"] is not None or rest["licence"] is not None):
+    if not store and (rest["provenance"] is not None or rest["licence"] is not None):
         raise click.UsageError(
             f"{path}: a single file keeps no provenance and no licence; use a store, NAME.negation, or leave them out."
         )

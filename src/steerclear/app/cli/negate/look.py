@@ -7,8 +7,8 @@ import click
 
 from steerclear.app.cli import options
 from steerclear.app.cli.negate import common
-from steerclear.app.cli.negate.summarise import inspected, is_summary, verified
-from steerclear.errors import InvalidInput, NegationFileError
+from steerclear.app.cli.negate.summarise import inspected, verified
+from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch, SteerclearError
 
 
 @click.command(
@@ -29,9 +29,12 @@ def inspect(file: Path, items: bool, sheet: Path | None, as_json: bool, **rest: 
     """Show what is in a negation set, as a table and as a contact sheet."""
     from steerclear.app import negation
 
-    if is_summary(file):
+    if negation.kind(file) == negation.STATISTICS:
         if items or sheet is not None:
-            raise InvalidInput(f"{file}: expected items to show, got statistics, which keep none")
+            raise InvalidInput(
+                f"{file}: expected items to show, got statistics, which keep none; leave out --items and --sheet, or "
+                "give the set that they were made of"
+            )
         inspected(file, as_json)
         return
     facts = negation.facts(file)
@@ -66,14 +69,22 @@ Exit code 0 if all is well, 1 if not, 2 for wrong usage."""
 @options.as_json
 def verify(file: Path, model: str | None, expected: str | None, as_json: bool) -> None:
     """Check a negation set: format, shapes, NaN, ids, and on request its space and hash."""
+    try:
+        _verify(file, model, expected, as_json)
+    except (NegationFileError, NegationMismatch) as error:  # the answer, and no wrong usage
+        raise SteerclearError(str(error)) from error
+
+
+def _verify(file: Path, model: str | None, expected: str | None, as_json: bool) -> None:
     from steerclear.app import negation
     from steerclear.negation import NegationStore
 
-    if is_summary(file):
+    kind = negation.kind(file)
+    if kind == negation.STATISTICS:
         verified(file, model, expected, as_json)
         return
     checks, found = ["format", "shapes", "finite", "ids"], {}
-    if store := negation.is_store(file):
+    if store := kind == negation.STORE:
         if expected is not None:
             raise click.UsageError("A store changes, so it has no hash; export it, and pass on that of the file.")
         with NegationStore.open(file, readonly=True) as opened:

@@ -20,7 +20,7 @@ Examples:
 What such a file still reveals, and what guards lose with it: docs/privacy.md."""
 )
 @common.SET
-@click.option("-o", "--out", type=options.FILE, required=True, help="File to write, NAME.safetensors.")
+@click.option("-o", "--out", type=options.SET, metavar="FILE", required=True, help="File to write, NAME.safetensors.")
 @click.option("--rank", type=click.IntRange(0), default=8, show_default=True, help="Directions per label.")
 @click.option("--least", type=click.IntRange(2), default=10, show_default=True, help="Fewest pictures per label.")
 @click.option("--label", help="Take all pictures as one label.")
@@ -30,15 +30,9 @@ def summarise(file: Path, out: Path, as_json: bool, **rest: Any) -> None:  # noq
     """Keep a mean and a few directions per label in place of SET's pictures."""
     from steerclear.app import negation, summaries
 
+    negation.require_target(out, negation.STATISTICS)
     summaries.summarised(negation.load(file), **rest).save(out)
     inspected(out, as_json)
-
-
-def is_summary(file: Path) -> bool:
-    """Whether a path names a file of statistics."""
-    from steerclear.app import negation, summaries
-
-    return not negation.is_store(file) and summaries.is_summary(file)
 
 
 def inspected(file: Path, as_json: bool) -> None:
