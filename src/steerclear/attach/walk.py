@@ -3,10 +3,10 @@ r"""Leads a pipeline along noised references, and records what the model makes o
 A guard that returns a reference :math:`y` as the denoised estimate of every step makes the sampler walk along
 :math:`x_t = \alpha_t y + \sigma_t \epsilon` (from pure noise, the noise that the sampler then believes in is the noise
 that was there), whatever the scheduler and the prediction type. At every step the network is evaluated there under the
-prompt: its conditional estimate is the reference as the model denoises it.
+prompt: its estimate, conditional or guided, is the reference as the model denoises it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,33 +23,62 @@ from steerclear.negation import NegationSet
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """Holds the sampler on ``references``; remembers level and conditional estimate of every step."""
+    """Holds the sampler on ``references``; remembers level and estimate of every step, conditional or ``guided``."""
 
     references: Tensor
+    guided: bool = False
     log_snr: list[float] = field(default_factory=list[float])
     estimates: list[Tensor] = field(default_factory=list[Tensor])
-    requires: Requires = field(default_factory=lambda: Requires(branches=True, one_call=True))
+
+    @property
+    def requires(self) -> Requires:
+        """The branches, unless ``guided``."""
+        return Requires(branches=not self.guided, one_call=True)
 
     def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor:
         self.log_snr.append(log_snr_of(state.level))
-        self.estimates.append(state.branches["conditional"].detach().cpu().half())
+        estimate = denoised if self.guided else state.branches["conditional"]
+        self.estimates.append(estimate.detach().cpu().half())
         return self.references.to(denoised)
+
+
+def walk_along(
+    pipe: Any,  # noqa: ANN401 - any diffusers pipeline
+    references: Tensor,
+    prompts: Sequence[Any],
+    *,
+    guided: bool = False,
+    seed: int = 0,
+    batch: int = 16,
+    progress: Callable[[int], object] = lambda done: None,
+    **call: Any,  # noqa: ANN401 - for the pipeline
+) -> tuple[list[float], Tensor]:
+    """What the model makes of every noised row of ``references`` under its prompt, or its class.
+
+    Returns:
+        Log-SNR of every level, and estimates ``(levels, n, *shape)`` in half precision.
+    """
+    log_snr: list[float] = []
+    parts: list[Tensor] = []
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        guard, said = Walk(references[rows], guided), list(prompts[rows])
+        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(said))]
+        with attach(pipe, guard):
+            pipe(said, generator=generators, output_type="latent", **call)
+        log_snr = guard.log_snr
+        parts.append(torch.stack(guard.estimates))
+        progress(len(said))
+    return log_snr, torch.cat(parts, 1)
 
 
 def walk(
     pipe: Any,  # noqa: ANN401 - any diffusers pipeline
     references: NegationSet,
     caption: Callable[[str], str] = str,
-    *,
-    seed: int = 0,
-    batch: int = 16,
-    progress: Callable[[int], object] = lambda done: None,
-    **call: Any,  # noqa: ANN401 - for the pipeline
+    **settings: Any,  # noqa: ANN401 - of walk_along
 ) -> tuple[list[float], Tensor]:
-    """What the model makes of every noised reference under ``caption(label)``.
-
-    Returns:
-        Log-SNR of every level, and estimates ``(levels, n, *shape)`` in half precision.
+    """:func:`walk_along` every reference under ``caption(label)``.
 
     Raises:
         InvalidInput: If a reference has no label: at high noise only the label says what it shows.
@@ -59,19 +88,7 @@ def walk(
             "see: expected a label on every reference, because at high noise only the label says what it shows; "
             "NegationSet.encode(..., labels=...)"
         )
-    log_snr: list[float] = []
-    parts: list[Tensor] = []
-    for start in range(0, len(references), batch):
-        rows = slice(start, start + batch)
-        guard = Walk(references.latents[rows])
-        labels = references.labels[rows]
-        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(labels))]
-        with attach(pipe, guard):
-            pipe([caption(label) for label in labels], generator=generators, output_type="latent", **call)
-        log_snr = guard.log_snr
-        parts.append(torch.stack(guard.estimates))
-        progress(len(labels))
-    return log_snr, torch.cat(parts, 1)
+    return walk_along(pipe, references.latents, [caption(label) for label in references.labels], **settings)
 
 
 def see(
@@ -81,7 +98,7 @@ def see(
     caption: Callable[[str], str] = str,
     *,
     components: int = 128,
-    **settings: Any,  # noqa: ANN401 - of walk
+    **settings: Any,  # noqa: ANN401 - of walk_along
 ) -> SeenReferences:
     """Both reference sets as the model denoises them at every noise level of its schedule.
 

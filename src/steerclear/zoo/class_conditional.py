@@ -8,16 +8,12 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput
-from steerclear.guards.base import Requires
 from steerclear.zoo.models import ROOT
 from steerclear.zoo.policies import joined
 
@@ -152,13 +148,14 @@ def see_classes(
         batch: References at a time.
         call: ``num_inference_steps`` (the number of levels), ``guidance_scale``.
     """
+    from steerclear.attach.walk import walk_along
     from steerclear.guards import SeenReferences
 
     class_of = {concept: name for name, held in classes().items() for concept in held}
     labels = (*negation.labels, *safe.labels) * noises
     latents = torch.cat([negation.latents, safe.latents]).repeat(noises, *([1] * len(negation.space.shape)))
     ids = pipe.get_label_ids([class_of[label] for label in labels])
-    log_snr, estimates = _walked(pipe, latents, ids, batch, call)
+    log_snr, estimates = walk_along(pipe, latents, ids, guided=True, batch=batch, **call)
     return SeenReferences.of(
         log_snr,
         estimates,
@@ -168,40 +165,6 @@ def see_classes(
         space=negation.space,
         components=components,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """Holds the sampler on ``references`` and keeps what the model makes of them, guided, at every step."""
-
-    references: Tensor
-    log_snr: list[float] = field(default_factory=list[float])
-    estimates: list[Tensor] = field(default_factory=list[Tensor])
-    requires: Requires = field(default_factory=lambda: Requires(one_call=True))
-
-    def __call__(self, denoised: Tensor, state: DenoiseState) -> Tensor:
-        from steerclear.guards.seen_references import log_snr_of
-
-        self.log_snr.append(log_snr_of(state.level))
-        self.estimates.append(denoised.detach().cpu().half())
-        return self.references.to(denoised)
-
-
-def _walked(pipe: Any, latents: Tensor, ids: list[int], batch: int, call: dict[str, Any]) -> tuple[list[float], Tensor]:  # noqa: ANN401
-    """Log-SNR of the levels, and the guided estimates ``(levels, n, *shape)``."""
-    from steerclear.attach import attach
-
-    log_snr: list[float] = []
-    parts: list[Tensor] = []
-    for start in range(0, len(ids), batch):
-        rows = slice(start, start + batch)
-        held = _Held(latents[rows])
-        generators = [torch.Generator().manual_seed(start + k) for k in range(len(ids[rows]))]
-        with attach(pipe, held):
-            pipe(ids[rows], generator=generators, output_type="pt", **call)
-        log_snr = held.log_snr
-        parts.append(torch.stack(held.estimates))
-    return log_snr, torch.cat(parts, 1)
 
 
 def _some(references: "NegationSet", labels: set[str]) -> "NegationSet":
