@@ -1,7 +1,9 @@
 """What a training goes on from: read back bit for bit, laid out as it was, and nothing taken from a stranger's file."""
 
 import copy
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +146,20 @@ def test_a_file_of_torch_is_refused_and_not_unpickled(tmp_path):
         with pytest.raises(InvalidInput, match=r"checkpoint\.pt: expected .* in safetensors, got .*remove it"):
             states.read(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "witness").exists()
+
+
+def test_a_recipe_goes_on_from_what_it_stored_and_from_no_pickle(tmp_path):
+    path = Path(__file__).parents[1] / "recipes" / "emoji_sd" / "checkpoints.py"
+    spec = importlib.util.spec_from_file_location("checkpoints", path)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    new, older = tmp_path / "vae.checkpoint.safetensors", tmp_path / "vae.checkpoint.pt"
+    assert recipe.resume(new) is None
+    torch.save({"step": 1}, older)
+    with pytest.raises(InvalidInput, match=r"vae\.checkpoint\.pt: expected .*safetensors.*torch's format.*remove it"):
+        recipe.resume(new)
+    recipe.store(new, {"step": 2})
+    assert recipe.resume(new) == {"step": 2}
 
 
 ONE = {"/a": torch.ones(2, 3)}

@@ -8,7 +8,7 @@ Checkpoints every three minutes; run again to resume. Writes ``BUILD/model`` as 
 """
 
 import argparse
-import json
+import sys
 import time
 from pathlib import Path
 
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1] / "emoji_sd"))
+from checkpoints import resume, store
 
 BATCH, RATE, WARMUP, DECAY, EVERY = 32, 8e-4, 200, 0.999, 180
 INDIVIDUAL = 0.025  # share of the draws that each individual takes
@@ -93,30 +95,17 @@ def main() -> None:
     unet = network().to(memory_format=torch.channels_last)
     average = {name: value.clone() for name, value in unet.state_dict().items()}
     optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    step, spent = 0, 0.0
-    checkpoint, scalars = args.build / "checkpoint.safetensors", args.build / "checkpoint.json"
-    names = [name for name, _ in unet.named_parameters()]
-    if checkpoint.exists():
-        state, known = load_file(checkpoint), json.loads(scalars.read_text())
-        step, spent = known["step"], known["spent"]
-        unet.load_state_dict({name: state[f"unet.{name}"] for name in average})
-        average = {name: state[f"average.{name}"] for name in average}
-        kept = {
-            k: {"step": torch.tensor(float(step)), **{m: state[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq")}}
-            for k, name in enumerate(names)
-        }
-        optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+    step, spent, checkpoint = 0, 0.0, args.build / "checkpoint.safetensors"
+    if state := resume(checkpoint):
+        unet.load_state_dict(state["unet"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step, spent = state["average"], state["step"], state["spent"]
     pipe = DDIMPipeline(unet, DDIMScheduler(**SCHEDULE))
     pipe.set_progress_bar_config(disable=True)
 
     def save(elapsed: float) -> None:
-        moments = optimizer.state_dict()["state"]
-        state = {f"unet.{name}": value.contiguous() for name, value in unet.state_dict().items()}
-        state |= {f"average.{name}": value.contiguous() for name, value in average.items()}
-        for k, name in enumerate(names):
-            state |= {f"{m}.{name}": moments[k][m].contiguous() for m in ("exp_avg", "exp_avg_sq")}
-        save_file(state, checkpoint)
-        scalars.write_text(json.dumps({"step": step, "spent": elapsed}))
+        state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        store(checkpoint, {**state, "step": step, "spent": elapsed})
         raw = {name: value.clone() for name, value in unet.state_dict().items()}
         unet.load_state_dict(average)
         pipe.save_pretrained(args.build / "model")

@@ -23,6 +23,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji_sd"))
 from augment import augmented
 from captions import LENGTH, phrase
+from checkpoints import resume, store
 from concepts import Concepts
 from judge import BY_COLOUR, to_pictures
 
@@ -240,9 +241,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         [{"params": weights, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
-    step, spent, checkpoint = 0, 0.0, out / "clip.checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    step, spent, checkpoint = 0, 0.0, out / "clip.checkpoint.safetensors"
+    if state := resume(checkpoint):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, spent = state["average"], state["step"], state["spent"]
@@ -280,8 +280,7 @@ def main() -> None:
             shown = {v: [round(recall(ranks, (v,), "to_name", k), 3) for k in (1, 5)] for v in HELD_OUT}
             print(f"  held out, R@1 and R@5 of the name: {shown}", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save({**state, "step": step, "spent": spent}, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+            store(checkpoint, {**state, "step": step, "spent": spent})
             saved = spent
     model.load_state_dict(average)
     ranks = retrieval(model, tokenizer, images, items, drawn)

@@ -17,6 +17,7 @@ from pathlib import Path
 import classes
 import numpy as np
 import torch
+from checkpoints import resume, store
 from concepts import Concepts
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def main() -> None:
     rows = [i for i, item in enumerate(items) if item["vendor"] in vendors and item["groups"]]
     vae = AutoencoderKL.from_pretrained(args.build / "vae").eval()
     images = np.load(args.build / "images.npy", mmap_mode="r")
-    latents = encode(vae, images, rows, args.build / "latents.pt")
+    latents = encode(vae, images, rows, args.build / "latents.safetensors")
     places, names = drawings(items, rows), list(classes.load())
 
     torch.manual_seed(0)
@@ -113,9 +114,8 @@ def main() -> None:
     parameters = list(model.parameters())
     average = Averaged(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    step, spent, checkpoint = 0, 0.0, args.out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    step, spent, checkpoint = 0, 0.0, args.out / "checkpoint.safetensors"
+    if state := resume(checkpoint):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.values, step, spent = state["average"], state["step"], state["spent"]
@@ -127,8 +127,7 @@ def main() -> None:
 
     def save(seconds: float) -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values}
-        torch.save(state | {"step": step, "spent": seconds}, checkpoint.with_suffix(".new"))
-        checkpoint.with_suffix(".new").replace(checkpoint)
+        store(checkpoint, state | {"step": step, "spent": seconds})
 
     rng = np.random.default_rng(step)
     torch.manual_seed(step)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from checkpoints import resume, store
 from concepts import Concepts
 from safetensors.torch import save_file
 from torch import Tensor
@@ -131,9 +132,8 @@ def main() -> None:
     average = {k: v.clone() for k, v in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.02)
     pictures, answers = to_pictures(images, held), torch.tensor([truth[i] for i in held])
-    started, step, checkpoint = time.monotonic(), 0, args.build / "judge.checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    started, step, checkpoint = time.monotonic(), 0, args.build / "judge.checkpoint.safetensors"
+    if state := resume(checkpoint):
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         average, step = state["average"], state["step"]
@@ -168,8 +168,7 @@ def main() -> None:
             elapsed = time.monotonic() - started
             print(f"{step} {elapsed:.0f}s loss {loss:.3f} held-out vendor {first:.3f} / {five:.3f}", flush=True)
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save({**state, "step": step}, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+            store(checkpoint, {**state, "step": step})
     network.load_state_dict(average)
     first, five = accuracy(network, pictures, answers)
     print(f"{step} steps: held-out vendor names the concept first {first:.3f}, among five {five:.3f} (n={len(held)})")

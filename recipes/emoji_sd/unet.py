@@ -22,10 +22,13 @@ import numpy as np
 import parallel
 import torch
 from captions import FINISH, FIRST, LENGTH, caption, train_tokenizer
+from checkpoints import resume, store
 from concepts import Concepts
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from steerclear.files import states
 
 BATCH, RATE, VARIANTS, WARMUP = 16, 8e-4, 8, 200
 #: Mostly the drawing itself, a fifth mirrored, a quarter shrunk and shifted: enough for seeds to differ.
@@ -59,10 +62,10 @@ def variants(picture: np.ndarray, rng: np.random.Generator) -> Tensor:
 def encode(vae: AutoencoderKL, images: np.ndarray, rows: list[int], cache: Path) -> Tensor:
     """Latents of all variants, (rows, VARIANTS, 4, 16, 16); cached."""
     if cache.exists():
-        return torch.load(cache, weights_only=True)
+        return states.read(cache)
     rng = np.random.default_rng(0)
     latents = torch.stack([vae.encode(variants(images[row], rng)).latent_dist.mode() for row in rows])
-    torch.save(latents, cache)
+    states.write(cache, latents)
     return latents
 
 
@@ -164,15 +167,16 @@ def main() -> None:
     items = json.loads((args.build / "items.json").read_text())
     rows = [i for i, item in enumerate(items) if item["vendor"] in styles and item["groups"]]
     vae = AutoencoderKL.from_pretrained(args.build / "vae").eval()
-    tokens_at, first_checkpoint = args.build / "tokenizer", args.build / "unet.checkpoint.pt"
-    checkpoint = args.build / "finish.checkpoint.pt" if args.finish else first_checkpoint
+    tokens_at, first_checkpoint = args.build / "tokenizer", args.build / "unet.checkpoint.safetensors"
+    checkpoint = args.build / "finish.checkpoint.safetensors" if args.finish else first_checkpoint
+    cache = args.build / "latents.safetensors"
     shares, rate = (FINISH, RATE / 2) if args.finish else (FIRST, RATE)
     if parallel.RANK == 0:
-        encode(vae, np.load(args.build / "images.npy", mmap_mode="r"), rows, args.build / "latents.pt")
+        encode(vae, np.load(args.build / "images.npy", mmap_mode="r"), rows, cache)
         if not tokens_at.exists():
             train_tokenizer(items, tokens_at)
     parallel.agree(True)
-    latents = torch.load(args.build / "latents.pt", weights_only=True)
+    latents = states.read(cache)
     tokenizer = CLIPTokenizer.from_pretrained(tokens_at, model_max_length=LENGTH)
 
     torch.manual_seed(0)
@@ -181,20 +185,23 @@ def main() -> None:
     average = Averaged(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     step, spent = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    if state := resume(checkpoint):
         unet.load_state_dict(state["unet"])
         text.load_state_dict(state["text"])
         optimizer.load_state_dict(state["optimizer"])
         average.values, step, spent = state["average"], state["step"], state["spent"]
     elif args.finish:
-        average.values = torch.load(first_checkpoint, weights_only=True)["average"]
+        average.values = states.read(first_checkpoint)["average"]
         average.copy_to(parameters)
     if args.export:
         average.copy_to(parameters)
         pipeline(vae, text, tokenizer, unet).save_pretrained(args.build / "emoji-sd")
         print(f"step {step}, {spent / 60:.0f} min")
         return
+
+    def save(seconds: float) -> None:
+        state = {"unet": unet.state_dict(), "text": text.state_dict(), "optimizer": optimizer.state_dict()}
+        store(checkpoint, {**state, "average": average.values, "step": step, "spent": seconds})
 
     rng = np.random.default_rng([parallel.RANK, step])
     torch.manual_seed(1000 * parallel.RANK + step)
@@ -237,15 +244,11 @@ def main() -> None:
             errors = []
         if parallel.RANK == 0 and time.monotonic() - saved > 180:
             saved = time.monotonic()
-            state = {"unet": unet.state_dict(), "text": text.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"average": average.values, "step": step, "spent": elapsed}
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+            save(elapsed)
     if parallel.RANK == 0:
+        save(elapsed)
         average.copy_to(parameters)
         pipeline(vae, text, tokenizer, unet).save_pretrained(args.build / "emoji-sd")
-        state = {"unet": unet.state_dict(), "text": text.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "average": average.values, "step": step, "spent": elapsed}, checkpoint)
 
 
 if __name__ == "__main__":

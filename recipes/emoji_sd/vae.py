@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import parallel
 import torch
+from checkpoints import resume, store
 from concepts import Concepts
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -107,9 +108,8 @@ def main() -> None:
     vae = build().to(memory_format=torch.channels_last)
     average = {k: v.clone() for k, v in vae.state_dict().items()}
     optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-4)
-    checkpoint, step, spent = args.build / "vae.checkpoint.pt", 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    checkpoint, step, spent = args.build / "vae.checkpoint.safetensors", 0, 0.0
+    if state := resume(checkpoint):
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, spent = state["average"], state["step"], state["spent"]
@@ -142,8 +142,7 @@ def main() -> None:
         if parallel.RANK == 0 and time.monotonic() - saved > 120:
             saved = time.monotonic()
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save({**state, "step": step, "spent": elapsed}, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+            store(checkpoint, {**state, "step": step, "spent": elapsed})
 
     if parallel.RANK:
         return
