@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +283,128 @@ def test_a_generation_that_vanished_before_it_was_mapped_is_read_anew(store, mon
     now = reader.snapshot()
     assert now.generation == 2
     assert now.ids == ("0-0", "0-2", "0-3")
+
+
+def same(got, expected):
+    """Whether two snapshots say the same."""
+    assert (got.generation, got.change, got.ids, got.labels, got.digests) == (
+        expected.generation, expected.change, expected.ids, expected.labels, expected.digests,
+    )  # fmt: skip
+    assert torch.equal(got.point_weights, expected.point_weights)
+    assert torch.equal(got.points, expected.points)
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """From which row on metadata was read, look by look."""
+    starts, real = [], database.columns
+
+    def noted(folder, connection, head, names, start=0):
+        if names != database.Item._fields:
+            starts.append(start)
+        return real(folder, connection, head, names, start)
+
+    monkeypatch.setattr(database, "columns", noted)
+    return starts
+
+
+def test_after_a_compaction_only_what_is_new_is_read(store, looked):
+    store.add(drawn(6))
+    reader = NegationStore.open(store.path, readonly=True)
+    reader.snapshot()
+    store.remove("0-0")
+    store.replace(NegationSet(latents=drawn(1, 9).latents, space=SPACE, ids=("0-3",)))  # a known id, another picture
+    store.add(drawn(2, 1))
+    store.compact()
+    store.add(drawn(3, 2))
+    store.remove(["0-1", "1-0", "2-1"])
+    now = reader.snapshot()
+    assert now.ids == ("0-2", "0-4", "0-5", "0-3", "1-1", "2-0", "2-2")
+    assert looked.pop() == 4  # 0-1, 0-2, 0-4 and 0-5 were known
+    same(now, NegationStore.open(store.path).snapshot())
+    store.compact()
+    assert reader.snapshot().ids == now.ids
+    assert looked.pop() == 7
+    store.remove(now.ids)
+    store.compact()
+    assert len(reader.snapshot()) == 0
+    store.add(drawn(2, 3))
+    same(reader.snapshot(), NegationStore.open(store.path).snapshot())
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "flipped", "longer", "in disorder", "older", "link"])
+def test_without_the_list_of_a_compaction_everything_is_read(store, looked, damage):
+    store.add(drawn(6))
+    reader = NegationStore.open(store.path, readonly=True)
+    reader.snapshot()
+    store.remove(["0-0", "0-5"])
+    store.compact()
+    list_of, head = store.path / "kept-000002.bin", database.Head(SPACE, torch.float32, 2, 4, 0)
+    assert vectors.kept(store.path, head).tolist() == [1, 2, 3, 4]
+    whole = list_of.read_bytes()
+    if damage == "older":
+        store.remove("0-2")
+        store.compact()
+        assert not list_of.exists()
+        assert (store.path / "kept-000003.bin").exists()
+    elif damage == "in disorder":
+        vectors.write_kept(store.path, 2, [3, 2, 1, 0])
+    elif damage == "link":
+        list_of.rename(store.path / "elsewhere")
+        list_of.symlink_to(store.path / "elsewhere")
+        with pytest.raises(NegationFileError):
+            reader.snapshot()
+        return
+    else:
+        flipped = whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]
+        list_of.write_bytes({"none": b"", "cut": whole[:-8], "flipped": flipped, "longer": whole + bytes(8)}[damage])
+    now = reader.snapshot()
+    assert looked.pop() == 0
+    same(now, NegationStore.open(store.path).snapshot())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_reader_that_follows_knows_what_one_that_opens_knows(store, seed):
+    rng, names = random.Random(seed), []
+    readers = [NegationStore.open(store.path, readonly=True) for _ in range(3)]
+    for number in range(60):
+        kind = rng.choice("aaarrc")
+        if kind == "a":
+            new = drawn(rng.randint(1, 4), 1000 * seed + number)
+            store.add(new)
+            names += new.ids
+        elif kind == "r":
+            gone = rng.sample(names, min(len(names), rng.randint(1, 3)))
+            store.remove(gone)
+            names = [name for name in names if name not in gone]
+        else:
+            store.compact()
+        for reader, often in zip(readers, (1.0, 0.4, 0.1), strict=True):
+            if rng.random() < often:
+                same(reader.snapshot(), NegationStore.open(store.path, readonly=True).snapshot())
+
+
+def test_following_reads_no_row_that_did_not_change(store):
+    store.add(drawn(6))
+    store.snapshot()
+    statements = []
+    store._reader._connection.set_trace_callback(statements.append)
+    store.remove("0-2")
+    store.snapshot()
+    (removed,) = [text for text in statements if "removed >" in text]
+    (plan,) = [row[3] for row in store._writer.execute(f"EXPLAIN QUERY PLAN {removed}")]
+    assert plan == "SEARCH items USING COVERING INDEX gone (removed>?)"
+
+
+def test_a_request_does_not_wait_for_a_deleted_file_to_be_freed(store):
+    store.add(drawn(6))
+    store.remove("0-0")
+    freed, done = [], threading.Event()
+    weakref.finalize(store.snapshot(), lambda: (freed.append(threading.current_thread()), done.set()))
+    store.compact()
+    store.snapshot()
+    assert done.wait(10)
+    assert freed != [threading.main_thread()]
 
 
 WRITER = """

@@ -197,7 +197,7 @@ class Reader:
 
         Cost:
             Microseconds without a change; with one, the new and the removed rows and a copy of the weights. After a
-            compaction the metadata of all rows.
+            compaction a copy of what is known of the rows that it kept; after several the metadata of all rows.
         """
         with self._lock, database.translated(self.folder):
             stamp = self._connection.stamp
@@ -209,8 +209,12 @@ class Reader:
                 )
             version = self._connection.execute("PRAGMA data_version").fetchone()[0]
             if self._current is None or version != self._version:
+                before = [self._current, self._map]
                 self._current = self._next(self._current)
                 self._version = version
+                if before[0] is not None and before[1] is not self._map:
+                    # Who lets go of a deleted file last waits until the system has freed it: a request should not.
+                    threading.Thread(target=before.clear).start()
             return self._current
 
     def _next(self, last: Snapshot | None) -> Snapshot:
@@ -220,10 +224,9 @@ class Reader:
                     return last
                 if last is not None and (head.space != last.space or head.change < last.change):
                     raise database.damaged(self.folder, "another space or an earlier change than before")
-                known = last if last is not None and last.generation == head.generation else None
-                columns, weights = self._rows(head, known)
+                columns, weights = self._rows(head, last)
             try:
-                if known is None or len(self._map) < head.rows:
+                if last is None or last.generation != head.generation or len(self._map) < head.rows:
                     self._map = vectors.mapped(self.folder, head)
             except FileNotFoundError:
                 continue  # compacted in the meantime: the next look at the database names the new file
@@ -237,17 +240,18 @@ class Reader:
             )
         raise database.damaged(self.folder, f"no file of its vectors in {ATTEMPTS} attempts")
 
-    def _rows(self, head: database.Head, known: Snapshot | None) -> tuple[Columns, Tensor]:
+    def _rows(self, head: database.Head, last: Snapshot | None) -> tuple[Columns, Tensor]:
         """Ids, labels and digests by row, and weights, from what is known and what the log says since."""
-        columns = Columns() if known is None else known.columns
-        start = 0 if known is None else len(known.point_weights)
+        columns, known = _carried(self.folder, head, last)
+        start = len(known)
         # All values are checked before any is taken over: a failed look must leave what is known whole.
         fresh = list(database.columns(self.folder, self._connection, head, READ, start))
         weights = torch.zeros(head.rows)
-        if known is not None:
-            weights[:start] = known.point_weights
-            query = "SELECT row FROM items WHERE removed > ? AND row BETWEEN 0 AND ?"
-            gone = [row for (row,) in self._connection.execute(query, (known.change, start - 1))]
+        weights[:start] = known
+        if last is not None:
+            # The plus keeps the row out of the choice of an index: by row, this would read everything.
+            query = "SELECT row FROM items WHERE removed > ? AND +row BETWEEN 0 AND ?"
+            gone = [row for (row,) in self._connection.execute(query, (last.change, start - 1))]
             weights[torch.tensor(gone, dtype=torch.long)] = 0.0
         end = start
         for some in fresh:
@@ -260,3 +264,19 @@ class Reader:
     def _identity(self) -> tuple[int, int]:
         status = (self.folder / database.NAME).stat()
         return status.st_dev, status.st_ino
+
+
+def _carried(folder: Path, head: database.Head, last: Snapshot | None) -> tuple[Columns, Tensor]:
+    """What is known of the first rows of a generation, from an earlier look at it or at the one before; their weights.
+
+    Live rows were never changed, and keep their order. So of those that a compaction kept only the numbers are new.
+    """
+    if last is not None and last.generation == head.generation:
+        return last.columns, last.point_weights
+    kept = vectors.kept(folder, head) if last is not None and last.generation == head.generation - 1 else None
+    if last is None or kept is None:
+        return Columns(), torch.empty(0)
+    kept = kept[kept < len(last.point_weights)]
+    rows, columns = kept.tolist(), last.columns
+    named = ([column[row] for row in rows] for column in (columns.ids, columns.labels, columns.digests))
+    return Columns(*named), last.point_weights[kept]

@@ -3,6 +3,9 @@
 Row ``n`` begins at byte ``n * width``. The file is longer than its rows: the room at its end takes no space on disk and
 lets readers go on with the mapping they have. Which rows count is the database's to say, so what a killed writer left
 behind the last row is overwritten by the next one, and was never visible.
+
+Beside the file of a generation that a compaction made lies a list of the rows that it kept, for readers that know the
+generation before: what they know of those they need not read again. Nothing depends on it.
 """
 
 import hashlib
@@ -20,7 +23,7 @@ from torch import Tensor
 from steerclear.errors import InvalidInput
 from steerclear.negation.database import Head, damaged
 
-_NAME = re.compile(r"vectors-\d{6,15}\.bin")
+_NAME = re.compile(r"(vectors|kept)-(\d{6,15})\.bin")
 # Not through links, and not waiting for the other end of a pipe; names that not every system has.
 _FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 SPARE = 1 << 20  # bytes of room at the least; a quarter of the file if that is more
@@ -32,11 +35,40 @@ def path_of(folder: Path, generation: int) -> Path:
     return folder / f"vectors-{generation:06d}.bin"
 
 
+def kept_of(folder: Path, generation: int) -> Path:
+    """The list of rows that a generation was made of."""
+    return folder / f"kept-{generation:06d}.bin"
+
+
+def write_kept(folder: Path, generation: int, rows: list[int]) -> None:
+    """Which rows of the generation before are the first ones of this, ascending. Not flushed: it has a checksum."""
+    path, data = kept_of(folder, generation), torch.tensor(rows, dtype=torch.int64).numpy().tobytes()
+    path.unlink(missing_ok=True)  # of a compaction that was killed
+    handle = opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        write(handle, 0, memoryview(hashlib.sha256(data).digest() + data))
+    finally:
+        os.close(handle)
+
+
+def kept(folder: Path, head: Head) -> Tensor | None:
+    """The rows that :func:`write_kept` wrote of the present generation, int64; ``None`` without a whole list."""
+    try:
+        handle = opened(kept_of(folder, head.generation))
+    except FileNotFoundError:
+        return None
+    with os.fdopen(handle, "rb") as file:
+        data = bytearray(file.read(32 + 8 * head.rows + 1))
+    if len(data) > 32 + 8 * head.rows or len(data) % 8 or hashlib.sha256(data[32:]).digest() != bytes(data[:32]):
+        return None
+    rows = torch.frombuffer(data, dtype=torch.int64)[4:]
+    return rows if bool((rows.diff(prepend=torch.tensor([-1])) > 0).all()) else None
+
+
 def stray(folder: Path, generation: int) -> list[Path]:
     """Files of other generations than the present one: what a killed compaction left."""
-    return [
-        path for path in sorted(folder.iterdir()) if _NAME.fullmatch(path.name) and path != path_of(folder, generation)
-    ]
+    own = {path_of(folder, generation), kept_of(folder, generation)}
+    return [path for path in sorted(folder.iterdir()) if _NAME.fullmatch(path.name) and path not in own]
 
 
 def rows_of(latents: Tensor, dtype: torch.dtype) -> Tensor:

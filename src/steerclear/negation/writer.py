@@ -176,6 +176,7 @@ class Writer:
             os.fsync(handle)
         finally:
             os.close(handle)
+        vectors.write_kept(self.path, head.generation + 1, [item.row for item in live])
         sync_folder(self.path)
 
     def _sweep(self, head: Head) -> None:
