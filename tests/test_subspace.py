@@ -9,7 +9,7 @@ import torch
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards import SafeDenoiser, Subspace, TwoSample
-from steerclear.negation import NegationSet, Space
+from steerclear.negation import IndexedSet, LiveIndex, NegationSet, NegationStatistics, NegationStore, Space
 from steerclear.noise import NoiseLevel
 
 
@@ -85,3 +85,62 @@ def test_what_does_not_fit_is_refused():
         SafeDenoiser(negation=items(7, 6, 4), weight=weight)
     with pytest.raises(InvalidInput, match="subspace of its own safe set"):
         replace(weight, safe=items(4, 6, 5))
+
+
+def weighed(guard, x):
+    """What a guard makes of a step, and the weights that it notes."""
+    notes = {}
+    state = DenoiseState(
+        x_t=x, level=NoiseLevel(0.6, 0.8), step=0, num_steps=2, note=lambda name, value: notes.update({name: value})
+    )
+    return guard(x, state), notes["weight"]
+
+
+def test_a_guard_may_hold_an_index_of_what_the_subspace_was_made_of():
+    """The weight reads the subspace, the guard the posterior: nothing needs the items, or their ids."""
+    pytest.importorskip("numba")
+    unsafe, safe = items(40, 6, 1), items(30, 6, 2)
+    subspace = Subspace.principal(unsafe, safe, 2)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+    exact = SafeDenoiser(negation=unsafe, weight=TwoSample(safe=safe, bandwidth=1.3, subspace=subspace))
+    held = IndexedSet.of(unsafe, clusters=4), IndexedSet.of(safe, clusters=4)
+    indexed = SafeDenoiser(negation=held[0], weight=TwoSample(safe=held[1], bandwidth=1.3, subspace=subspace))
+    (expected, weight), (moved, other) = weighed(exact, x), weighed(indexed, x)
+    torch.testing.assert_close(other, weight)  # both of the subspace alone
+    torch.testing.assert_close(moved, expected, rtol=0.02, atol=0.02)  # the index's mean: 1e-3 of the items' norm
+    for another in (IndexedSet.of(items(40, 6, 4), clusters=4), IndexedSet.of(items(39, 6, 1), clusters=4)):
+        with pytest.raises(UnsoundCombination, match="another negation set"):
+            SafeDenoiser(negation=another, weight=TwoSample(safe=safe, bandwidth=1.3, subspace=subspace))
+
+
+def test_an_index_that_follows_its_store_is_refused_once_the_store_has_changed(tmp_path):
+    pytest.importorskip("numba")
+    unsafe, safe = items(40, 6, 1), items(30, 6, 2)
+    with NegationStore.from_set(tmp_path / "bad.negation", unsafe) as store:
+        subspace = Subspace.principal(store.live(), safe, 2)
+        weight = TwoSample(safe=safe, bandwidth=1.3, subspace=subspace)
+        guard = SafeDenoiser(negation=LiveIndex(store.live(), clusters=4), weight=weight)
+        x = torch.zeros(2, 6)
+        weighed(guard, x)
+        store.remove("1-3")
+        with pytest.raises(UnsoundCombination, match="another negation set"):
+            weighed(guard, x)
+
+
+def test_labels_tell_statistics_apart():
+    safe = items(30, 6, 2)
+    one, other = (
+        NegationStatistics.of(replace(items(20, 6, 1), labels=(label,) * 20), rank=2) for label in ("axe", "dagger")
+    )
+    weight = TwoSample(safe=safe, bandwidth=1.3, subspace=Subspace.principal(one, safe, 2))
+    SafeDenoiser(negation=one, weight=weight)
+    with pytest.raises(UnsoundCombination, match="another negation set"):
+        SafeDenoiser(negation=other, weight=weight)
+
+
+def test_components_need_items():
+    pytest.importorskip("numba")
+    unsafe, safe = items(40, 6, 1), items(30, 6, 2)
+    for pair in ((IndexedSet.of(unsafe), safe), (unsafe, IndexedSet.of(safe)), (unsafe, NegationStatistics.of(safe))):
+        with pytest.raises(InvalidInput, match="gives posteriors alone; make it from the set"):
+            Subspace.principal(*pair, 2)

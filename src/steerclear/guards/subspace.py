@@ -47,7 +47,8 @@ class Subspace:
         a guard that holds it stops when they change.
 
         Raises:
-            InvalidInput: Unless ``1 <= components <=`` the number of dimensions and of items.
+            InvalidInput: Unless ``1 <= components <=`` the number of dimensions and of items; for a form that keeps no
+                items and is no statistics, such as an index.
             NegationMismatch: If the two sets live in different spaces.
 
         Cost:
@@ -55,6 +56,13 @@ class Subspace:
         """
         negation.space.require(safe.space)
         negation, safe = at_present(negation), at_present(safe)
+        for each in (negation, safe):
+            if not hasattr(each, "latents") and (each is safe or not isinstance(each, NegationStatistics)):
+                raise InvalidInput(
+                    f"Subspace.principal: expected sets with their items, or statistics of the negation set, got "
+                    f"{type(each).__name__}, which gives posteriors alone; make it from the set that this was made of, "
+                    "such as a NegationSet or store.snapshot(). A guard with that subspace may hold either"
+                )
         sets = [safe] if isinstance(negation, NegationStatistics) else [negation, safe]
         points = torch.cat([each.latents.flatten(1).double() for each in sets])
         most = min(points.shape)

@@ -127,7 +127,8 @@ class TwoSample(Weight):
         prior: :math:`\pi`, the unsafe share of what the model would draw, inside (0, 1).
         slope: :math:`a` > 0, an inverse temperature outside the kernel; see :func:`~steerclear.guards.calibrate`.
         offset: :math:`b`, in log-odds, fitted together with the slope.
-        subspace: Compare there instead of in the sampler's space; needs a bandwidth. Made from the same two sets.
+        subspace: Compare there instead of in the sampler's space; needs a bandwidth. Made from the same two sets; the
+            guard may hold them in another form, such as an :class:`~steerclear.negation.IndexedSet`.
 
     Raises:
         InvalidInput: For values outside these ranges.
@@ -176,7 +177,7 @@ class TwoSample(Weight):
                 "everything is unsafe; add what the model should go on drawing"
             )
         made = () if self.subspace is None else ((self.subspace.unsafe, negation), (self.subspace.safe, self.safe))
-        if any(_content(then) != _content(now) for then, now in made):
+        if not all(_same(then, now) for then, now in made):
             raise UnsoundCombination(
                 "TwoSample: the subspace was made from another negation set or safe set than the guard's; make it from "
                 "these: Subspace.principal(negation, safe, components)"
@@ -301,10 +302,11 @@ def require_fixed(name: str, negation: References) -> None:
         )
 
 
-def _content(references: References) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What tells one set from another: ids and digests, for an id may come to name another picture; of a form without
-    items, its labels."""
-    return getattr(references, "ids", references.labels), references.digests
+def _same(then: References, now: References) -> bool:
+    """Whether two forms hold the same pictures in the same order: by digest, for an id may come to name another one,
+    and by id; an index and statistics have none, there by label."""
+    name = "ids" if hasattr(then, "ids") and hasattr(now, "ids") else "labels"
+    return then.digests == now.digests and getattr(then, name) == getattr(now, name)
 
 
 def logit(p: float) -> float:
