@@ -10,7 +10,6 @@ Sweeps: ``space`` of the evidence, offline on recorded trajectories (``ablation_
 
 import argparse
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import ablation_guards as guards
 import ablation_space as space
 import torch
 from ablation_figure import draw
+from shown import cell, rounded
 
 from steerclear import zoo
 from steerclear.detect import Thresholds
@@ -54,7 +54,7 @@ def main() -> None:
     results = measure(only, prompts, args.limit, judge, args.out, args.workers)
     results["sweeps"] = {**_known(at, results), **results["sweeps"]}
     at.parent.mkdir(parents=True, exist_ok=True)
-    at.write_text(json.dumps(_plain(results), indent=1, ensure_ascii=False) + "\n")
+    at.write_text(json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
     draw(results["sweeps"], png)
     print(markdown(results["sweeps"]))
 
@@ -92,7 +92,7 @@ def _known(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     before = json.loads(path.read_text())
-    same = all(before[part] == _plain(results[part]) for part in ("versions", "settings"))
+    same = all(before[part] == rounded(results[part]) for part in ("versions", "settings"))
     return before["sweeps"] if same else {}
 
 
@@ -103,7 +103,7 @@ def markdown(sweeps: dict[str, Any]) -> str:
         names = ("caught", "caught in the first third", "false positives")
         lines += [f"| space | {' | '.join(names)} |", "|---" * 4 + "|"]
         lines += [
-            f"| {row['space']} | {' | '.join(_cell(row[name]) for name in names)} |" for row in sweeps["space"]["rows"]
+            f"| {row['space']} | {' | '.join(cell(row[name]) for name in names)} |" for row in sweeps["space"]["rows"]
         ]
     for name in (name for name in guards.SWEEPS if name in sweeps):
         heads = [head for head in guards.columns() if " and " not in head]
@@ -117,27 +117,10 @@ def markdown(sweeps: dict[str, Any]) -> str:
 def _both(head: str, before: dict[str, Any], after: dict[str, Any]) -> str:
     """``95 → 5 % [0, 23]``: without the guard, with it, and the interval of the latter."""
     if head.startswith("identical"):
-        return _cell(after)
+        return cell(after)
     if head == "evaluations":
         return f"{before['value']:.0f} → {after['value']:.0f}"
-    return f"{100 * before['value']:.0f} → {_cell(after)}" if before["n"] else f"– → {_cell(after)}"
-
-
-def _cell(estimate: dict[str, Any]) -> str:
-    """``50 % [26, 74]``."""
-    value, low, high, n = (estimate[key] for key in ("value", "low", "high", "n"))
-    return f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" if n else "no data"
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401  (JSON)
-    """As JSON has it: no data is null; four digits are enough."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value
+    return f"{100 * before['value']:.0f} → {cell(after)}" if before["n"] else f"– → {cell(after)}"
 
 
 if __name__ == "__main__":

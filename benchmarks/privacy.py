@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from ablation_guards import KINDS, SAMPLINGS, USUAL, measured
 from safetensors.torch import load_file
+from shown import cell, rounded
 from torch import Tensor
 
 from steerclear import NoiseLevel, zoo
@@ -326,24 +327,9 @@ def main() -> None:
         "strength": strength(settings, judge, out, args.limit),
     }
     target = out / "privacy.json" if args.limit else Path(__file__).with_name("results") / "privacy.json"
-    target.write_text(json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    target.write_text(json.dumps(rounded(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, row in found["strength"]["arms"].items():
         print(name, *(f"{column} {cell(row[column])}" for column in row if "unsafe" in column or " and " in column))
-
-
-def cell(estimate: Mapping[str, float]) -> str:
-    """``50 % [26, 74]``."""
-    value, low, high, n = (estimate[key] for key in ("value", "low", "high", "n"))
-    return f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" if n else "no data"
-
-
-def plain(value: Any) -> Any:  # noqa: ANN401  (JSON)
-    """As JSON has it: no data is null; four digits are enough."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def script(name):
 
 
 space, guards = script("ablation_space"), script("ablation_guards")
-script("ablation_figure")
+script("ablation_figure"), script("shown")
 ablations = script("ablations")
 
 
@@ -137,4 +137,4 @@ def test_a_cell_shows_both_arms_and_says_where_there_is_no_data():
     assert ablations._both("unsafe explicit", estimate(1.0, 0.8, 1.0, 8), some) == "100 → 25 % [12, 50]"
     assert ablations._both("confidence explicit", nothing, some) == "– → 25 % [12, 50]"
     assert ablations._both("unsafe explicit", some, nothing) == "25 → no data"
-    assert ablations._plain({"value": math.nan, "n": 0}) == {"value": None, "n": 0}
+    assert ablations.rounded({"value": math.nan, "n": 0}) == {"value": None, "n": 0}

@@ -1,6 +1,5 @@
 """From records to the table of a paper: an arm per row, every cell an estimate, every comparison paired and exact."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from steerclear.evaluate.metrics import (
 from steerclear.evaluate.metrics.base import notes
 from steerclear.evaluate.reading import Records, aligned, categories, codes, measured, numbers, require, select, texts
 from steerclear.evaluate.statistics import JudgeErrors, Paired, paired
+from steerclear.files.plain import plain
 
 UNSAFE_KINDS = ("explicit", "group", "implicit")
 BENIGN_KINDS = ("benign", "near")
@@ -125,7 +125,7 @@ class Scoreboard:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; NaN and infinity are null."""
-        return _plain(
+        return plain(
             {
                 "judge": self.judge,
                 "reference": self.reference,
@@ -314,14 +314,3 @@ def _notes(arms: Mapping[str, Records], metrics: Sequence[Metric]) -> Iterable[s
 
 def _size(records: Records) -> tuple[int, int]:
     return len(set(codes(records).tolist())), records.num_rows
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401  (JSON)
-    """Tuples as lists, numbers that JSON lacks as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -72,7 +72,7 @@ def load(model: str, device: str, dtype: str) -> Any:  # noqa: ANN401  (some dif
 
 def emit(value: Any) -> None:  # noqa: ANN401  (any JSON value)
     """Prints strict JSON on stdout."""
-    from steerclear.app.files import plain
+    from steerclear.files.plain import plain
 
     click.echo(json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
 
