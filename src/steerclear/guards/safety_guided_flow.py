@@ -25,8 +25,7 @@ from steerclear.guards.base import Guard, Requires, during
 from steerclear.guards.radius import distances, widest
 from steerclear.guards.tracking import wide
 from steerclear.negation import Items
-from steerclear.negation.placement import placed
-from steerclear.negation.references import require_items
+from steerclear.negation.references import laid_out, require_items
 from steerclear.noise import NoiseLevel, per_sample
 
 # The top-k rule makes the kernel this much at the mean of the chosen squared distances.
@@ -154,7 +153,8 @@ class SafetyGuidedFlow:
         if self.bandwidth is not None:
             return torch.full_like(flat[:, 0], self.bandwidth)
         first, last = self.ranks
-        squared = distances(flat, placed(negation, "latents", x.device).flatten(1)).square()
+        points, counts = laid_out(negation, x.device)
+        squared = torch.where(counts, distances(flat, points.flatten(1)), math.inf).square()
         near = squared.topk(last, dim=1, largest=False).values[:, first:].mean(1)
         return (near.clamp_min(1e-24) / (-2.0 * math.log(LEVEL))).sqrt()
 

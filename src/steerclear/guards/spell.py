@@ -33,7 +33,7 @@ from steerclear.guards.finished import FinishedSamples
 from steerclear.guards.radius import distances, radius_of, widest
 from steerclear.guards.shields import Projection, nearest, project
 from steerclear.negation import Items
-from steerclear.negation.references import require_items
+from steerclear.negation.references import laid_out, require_items
 from steerclear.noise import per_sample
 
 Overlap = Literal["projection", "sum"]
@@ -169,16 +169,15 @@ class SPELL:
 
     @cached_property
     def _static(self) -> tuple[Tensor, Tensor]:
-        """Centres ``(n, D)`` and radii ``(n,)`` in float64, on the device of the sets."""
+        """Centres ``(n, D)`` and radii ``(n,)`` in float64, on the device of the sets; 0 for what was removed."""
         if not self.shields:
             return torch.empty(0, 0), torch.empty(0, dtype=torch.float64)
         return self._balls([shield.negation for shield in self.shields])
 
     def _balls(self, sets: Sequence[Items]) -> tuple[Tensor, Tensor]:
-        flat = [items.latents.flatten(1) for items in sets]
-        sizes = [
-            torch.full((len(rows),), s.radius, dtype=torch.float64) for rows, s in zip(flat, self.shields, strict=True)
-        ]
+        parts = [laid_out(items) for items in sets]
+        flat = [points.flatten(1) for points, _ in parts]
+        sizes = [s.radius * counts.cpu().double() for (_, counts), s in zip(parts, self.shields, strict=True)]
         return flat[0] if len(flat) == 1 else torch.cat(flat), torch.cat(sizes)
 
     # On the way -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput
+from steerclear.negation.placement import placed
 from steerclear.negation.posterior import Posterior
+from steerclear.negation.snapshot import Snapshot
 from steerclear.negation.space import Space
 from steerclear.noise import NoiseLevel
 
@@ -77,6 +79,20 @@ def at_present(references: _Form) -> _Form:
     """For what is made of a set once: itself, or of one that follows a store, what it holds at this moment."""
     moment = DenoiseState(x_t=torch.empty(0), level=NoiseLevel(1.0, 0.0), step=0, num_steps=1)
     return cast("_Form", references.at(moment))
+
+
+def laid_out(items: Items, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Latents as they lie in memory, ``(n, *shape)``, and which of them count, ``(n,)``.
+
+    The rows that a store has removed are among them and do not count: leaving them out would copy the others.
+
+    Args:
+        items: Any form that never changes.
+        device: Where to; by default where they are.
+    """
+    names = ("_points", "_point_weights") if isinstance(items, Snapshot) else ("latents", "weights")
+    points, weights = (getattr(items, name) if device is None else placed(items, name, device) for name in names)
+    return points, weights > 0.0
 
 
 def require_items(name: str, negation: References) -> None:
