@@ -2,11 +2,12 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from steerclear.evaluate.run import installed
 
 
 def facts() -> dict[str, Any]:
@@ -24,12 +25,5 @@ def facts() -> dict[str, Any]:
     }
     return {
         "machine": machine,
-        "versions": {name: _version(name) for name in ("steerclear", "torch", "numba", "numpy")},
+        "versions": {name: installed(name) for name in ("steerclear", "torch", "numba", "numpy")},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

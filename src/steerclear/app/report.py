@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from steerclear.app.files import slug, write_json
 from steerclear.app.pictures import Cell, png, sheet
 from steerclear.app.prompts import KINDS, DemoPrompt
 from steerclear.app.score import Picture, Score
+from steerclear.evaluate.run import installed
 from steerclear.files import write_atomic
 
 KIND_TITLES = {
@@ -213,19 +213,12 @@ def _page(result: DemoResult) -> Any:  # noqa: ANN401  (Pixels)
 def machine() -> dict[str, str]:
     """Versions and hardware that the numbers depend on."""
     return {
-        "steerclear": _version("steerclear"),
+        "steerclear": installed("steerclear"),
         "torch": torch.__version__,
-        "diffusers": _version("diffusers"),
-        "transformers": _version("transformers"),
+        "diffusers": installed("diffusers"),
+        "transformers": installed("transformers"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -192,11 +192,12 @@ def versions(pipe: Any) -> dict[str, str]:  # noqa: ANN401  (some diffusers pipe
     """What a picture's last bits depend on besides the task."""
     device = str(getattr(pipe, "device", "cpu"))
     kind = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
-    packages = {name: _version(name) for name in ("steerclear", "torch", "diffusers", "transformers")}
+    packages = {name: installed(name) for name in ("steerclear", "torch", "diffusers", "transformers")}
     return {**packages, "python": platform.python_version(), "device": f"{device.split(':')[0]} {kind}"}
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str:
+    """Its version, or that it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:
