@@ -36,7 +36,59 @@ from steerclear.noise import NoiseLevel
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Seen(Weight):
+class SeenWeight(Weight):
+    """A weight from kernels around :class:`SeenReferences` at the step's level; what its kinds have in common."""
+
+    references: SeenReferences
+    width: float
+    slope: float = 1.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if not 0.0 < self.width < math.inf or not 0.0 < self.slope < math.inf:
+            raise InvalidInput(f"{name}: expected a width > 0 and a finite slope > 0, got {self.width}, {self.slope}")
+        if not 0.0 < self.until <= 1.0:
+            raise InvalidInput(f"{name}: expected 0 < until <= 1, got {self.until}")
+
+    def check(self, negation: References) -> None:
+        name = type(self).__name__
+        require_fixed(name, negation)
+        negation.space.require(self.references.space)
+        named = frozenset(negation.labels) - {""}
+        if named and named != self.references.unsafe:
+            raise UnsoundCombination(
+                f"{name}: expected references of the negation set's labels, got others "
+                f"({', '.join(sorted(named ^ self.references.unsafe)[:3])} in one of the two only); pick them: "
+                "SeenReferences.only(frozenset(negation.labels))"
+            )
+
+    @property
+    def read(self) -> int:
+        """Number of levels that are read."""
+        return math.ceil(self.until * len(self.references.log_snr))
+
+    def kernels(self, own: Tensor, index: int) -> Tensor:
+        """Log-kernels of components ``(batch, k)`` to every reference at a level, ``(batch, n)``."""
+        distance = torch.cdist(own, self.references.points[index].to(own))
+        return -distance.square() / (2.0 * (self.width * self.references.spacing[index]) ** 2)
+
+    def started(self, state: DenoiseState, owner: object) -> None:
+        """Refuses a trajectory that begins where nothing is read any more: it would pass unguarded."""
+        key = (owner, type(self))
+        if key in state.memory:
+            return
+        if self.references.level(state.level) >= self.read:
+            raise UnsoundCombination(
+                f"{type(self).__name__} reads the noisiest {self.until:.0%} of the levels, but this trajectory begins "
+                "after them (image to image, a refiner, other timesteps). Start from more noise, or use until=1.0"
+            )
+        state.memory[key] = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen(SeenWeight):
     """Log-odds against :class:`SeenReferences`; the equations are in the module's docstring.
 
     Args:
@@ -65,12 +117,9 @@ class Seen(Weight):
         guard = ConditionalRelease(negation=negation, weight=weight, strength=1.0, fallback=weight.substitute)
     """
 
-    references: SeenReferences
     width: float = 0.3
     prior: float = 0.5
-    slope: float = 1.0
     threshold: float = 0.0
-    until: float = 1.0
     centre: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
 
@@ -79,27 +128,12 @@ class Seen(Weight):
         levels = len(self.references.log_snr)
         object.__setattr__(self, "centre", self.centre or (0.0,) * levels)
         object.__setattr__(self, "scale", self.scale or (1.0,) * levels)
-        if not 0.0 < self.width < math.inf:
-            raise InvalidInput(f"Seen: expected a width > 0, got {self.width}")
         if not 0.0 < self.prior < 1.0:
             raise InvalidInput(f"Seen: expected 0 < prior < 1, got {self.prior}; strength=0 is how to switch off")
-        if not 0.0 < self.slope < math.inf or not math.isfinite(self.threshold):
-            raise InvalidInput(f"Seen: expected a finite slope > 0 and threshold, got {self.slope}, {self.threshold}")
-        if not 0.0 < self.until <= 1.0:
-            raise InvalidInput(f"Seen: expected 0 < until <= 1, got {self.until}")
+        if not math.isfinite(self.threshold):
+            raise InvalidInput(f"Seen: expected a finite threshold, got {self.threshold}")
         if (len(self.centre), len(self.scale)) != (levels, levels) or min(self.scale) <= 0.0:
             raise InvalidInput(f"Seen: expected a centre and a scale > 0 for each of {levels} levels, got others")
-
-    def check(self, negation: References) -> None:
-        require_fixed("Seen", negation)
-        negation.space.require(self.references.space)
-        named = frozenset(negation.labels) - {""}
-        if named and named != self.references.unsafe:
-            raise UnsoundCombination(
-                "Seen: expected references of the negation set's labels, got others "
-                f"({', '.join(sorted(named ^ self.references.unsafe)[:3])} in one of the two only); pick them: "
-                "SeenReferences.only(frozenset(negation.labels))"
-            )
 
     @classmethod
     def calibrated(
@@ -150,29 +184,13 @@ class Seen(Weight):
             scale=tuple(scale.tolist()),
         )
 
-    @property
-    def read(self) -> int:
-        """Number of levels that are read."""
-        return math.ceil(self.until * len(self.references.log_snr))
-
     def evidence(self, negation: References, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
-        self._started(state, owner)
+        self.started(state, owner)
         return self.odds(estimate, state.level)
 
     def log_odds(self, unsafe: Posterior, denoised: Tensor, state: DenoiseState, owner: object) -> Tensor:
-        self._started(state, owner)
+        self.started(state, owner)
         return self.odds(denoised, state.level)
-
-    def _started(self, state: DenoiseState, owner: object) -> None:
-        """A trajectory that begins where nothing is read any more would pass unguarded."""
-        if (owner, Seen) in state.memory:
-            return
-        if self.references.level(state.level) >= self.read:
-            raise UnsoundCombination(
-                f"Seen reads the noisiest {self.until:.0%} of the levels, but this trajectory begins after them (image "
-                "to image, a refiner, other timesteps). Start from more noise, or use Seen.calibrated(..., until=1.0)"
-            )
-        state.memory[(owner, Seen)] = True
 
     def odds(self, estimate: Tensor, level: NoiseLevel) -> Tensor:
         """Log-odds of an estimate at a noise level, ``(batch,)``."""
@@ -190,11 +208,6 @@ class Seen(Weight):
         flagged = self.references.flagged.to(kernels.device)
         nearest: list[int] = kernels.masked_fill(flagged, -math.inf).argmax(1).tolist()
         return [self.references.captions[index] for index in nearest]
-
-    def kernels(self, own: Tensor, index: int) -> Tensor:
-        """Log-kernels of components ``(batch, k)`` to every reference at a level, ``(batch, n)``."""
-        distance = torch.cdist(own, self.references.points[index].to(own))
-        return -distance.square() / (2.0 * (self.width * self.references.spacing[index]) ** 2)
 
     def left_out(self, index: int) -> Tensor:
         """Log-kernels among the references at a level, each blind to itself, ``(n, n)``."""

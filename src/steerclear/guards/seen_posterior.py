@@ -28,15 +28,15 @@ import torch
 from torch import Tensor
 
 from steerclear.denoise import DenoiseState
-from steerclear.errors import InvalidInput, UnsoundCombination
-from steerclear.guards.seen_references import SeenReferences
+from steerclear.errors import InvalidInput
+from steerclear.guards.seen import SeenWeight
 from steerclear.guards.tracking import wide
-from steerclear.guards.weights import Weight, logit, require_fixed
+from steerclear.guards.weights import logit
 from steerclear.negation import Posterior, References
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SeenPosterior(Weight):
+class SeenPosterior(SeenWeight):
     r"""Weight and posterior mean of the unsafe :class:`SeenReferences`; the equations are in the module's docstring.
 
     Args:
@@ -63,40 +63,17 @@ class SeenPosterior(Weight):
         guard = SafeDenoiser(negation=alcohol, weight=weight, max_beta=1e4)  # no cap is needed
     """
 
-    references: SeenReferences
     width: float = 0.7
     prior: float | None = None
-    slope: float = 1.0
-    until: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bandwidth is not None or self.temperature != 1.0:
             raise InvalidInput("SeenPosterior: expected no bandwidth and no temperature; width sets the kernel")
-        if not 0.0 < self.width < math.inf or not 0.0 < self.slope < math.inf:
-            raise InvalidInput(f"SeenPosterior: expected a width > 0 and a slope > 0, got {self.width}, {self.slope}")
         if self.prior is not None and not 0.0 < self.prior < 1.0:
             raise InvalidInput(
                 f"SeenPosterior: expected 0 < prior < 1, got {self.prior}; strength=0 is how to switch off"
             )
-        if not 0.0 < self.until <= 1.0:
-            raise InvalidInput(f"SeenPosterior: expected 0 < until <= 1, got {self.until}")
-
-    def check(self, negation: References) -> None:
-        require_fixed("SeenPosterior", negation)
-        negation.space.require(self.references.space)
-        named = frozenset(negation.labels) - {""}
-        if named and named != self.references.unsafe:
-            raise UnsoundCombination(
-                "SeenPosterior: expected references of the negation set's labels, got others "
-                f"({', '.join(sorted(named ^ self.references.unsafe)[:3])} in one of the two only); pick them: "
-                "SeenReferences.only(frozenset(negation.labels))"
-            )
-
-    @property
-    def read(self) -> int:
-        """Number of levels that are read."""
-        return math.ceil(self.until * len(self.references.log_snr))
 
     @property
     def share(self) -> float:
@@ -118,7 +95,7 @@ class SeenPosterior(Weight):
         return self.evidence(None, denoised, state, owner)
 
     def evidence(self, negation: References | None, estimate: Tensor, state: DenoiseState, owner: object) -> Tensor:
-        self._started(state, owner)
+        self.started(state, owner)
         if self.references.level(state.level) >= self.read:
             return torch.full((len(estimate),), -math.inf, device=estimate.device)
         return self._odds(self._seen(estimate, state)[2])
@@ -133,16 +110,4 @@ class SeenPosterior(Weight):
         """The estimate, its components ``(batch, k)``, and log-kernels to every reference ``(batch, n)``."""
         index, x = self.references.level(state.level), wide(denoised)
         own = self.references.project(x)
-        distance = torch.cdist(own, self.references.points[index].to(own))
-        return x, own, -distance.square() / (2.0 * (self.width * self.references.spacing[index]) ** 2)
-
-    def _started(self, state: DenoiseState, owner: object) -> None:
-        """A trajectory that begins where nothing is read any more would pass unguarded."""
-        if (owner, SeenPosterior) in state.memory:
-            return
-        if self.references.level(state.level) >= self.read:
-            raise UnsoundCombination(
-                f"SeenPosterior reads the noisiest {self.until:.0%} of the levels, but this trajectory begins after "
-                "them (image to image, a refiner, other timesteps). Start from more noise, or use until=1.0"
-            )
-        state.memory[(owner, SeenPosterior)] = True
+        return x, own, self.kernels(own, index)
