@@ -10,19 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from steerclear.errors import UnsupportedPipeline
+from steerclear.prompts.encoders import parameters
 
 _PROMPT = "a picture"
 _SMALL = (64, 96)
 _FRAMES = 9
-
-
-def parameters(pipe: Any) -> dict[str, Any]:  # noqa: ANN401 - any diffusers pipeline, classic or modular
-    """The names that a call of ``pipe`` takes, with their defaults (``None`` where there is none)."""
-    blocks = getattr(pipe, "blocks", None)
-    if blocks is not None:
-        return {item.name: item.default for item in blocks.inputs if item.name}
-    named = inspect.signature(type(pipe).__call__).parameters.values()
-    return {p.name: None if p.default is p.empty else p.default for p in named}
 
 
 def network(pipe: Any) -> Any:  # noqa: ANN401

@@ -10,13 +10,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from steerclear.attach.calls import autoencoder, network, parameters, sizes
+from steerclear.attach.calls import autoencoder, network, sizes
 from steerclear.attach.fingerprint import fingerprint
 from steerclear.attach.layout import Layout, layout_of
 from steerclear.attach.selftest import Evidence, verify
 from steerclear.errors import InvalidInput, UnsupportedPipeline
 from steerclear.negation import References, Space
 from steerclear.negation import encoder as negation_encoder
+from steerclear.prompts.encoders import parameters
 
 _BATCH = 8
 

@@ -239,15 +239,18 @@ def _wide(states: Tensor) -> Tensor:
     return states.detach().cpu().double()
 
 
-def parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:  # noqa: ANN401
-    """What a call of ``pipe`` takes."""
-    return inspect.signature(type(pipe).__call__).parameters
+def parameters(pipe: Any) -> dict[str, Any]:  # noqa: ANN401 - any diffusers pipeline, classic or modular
+    """The names that a call of ``pipe`` takes, with their defaults (``None`` where there is none)."""
+    blocks = getattr(pipe, "blocks", None)
+    if blocks is not None:
+        return {item.name: item.default for item in blocks.inputs if item.name}
+    named = inspect.signature(type(pipe).__call__).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in named}
 
 
 def option(pipe: Any, given: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
     """An argument of the call, or its default."""
-    known = parameters(pipe)
-    return given[name] if name in given else known[name].default if name in known else None
+    return given[name] if name in given else parameters(pipe).get(name)
 
 
 def check(encoder: Encoder, expected: Tensor, found: Tensor) -> None:
