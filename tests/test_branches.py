@@ -189,6 +189,23 @@ def test_a_prompt_is_encoded_once(monkeypatch):
     assert encoded.count("a gun") == 1
 
 
+@pytest.mark.parametrize(("kind", "most"), [("sd", 75), ("sdxl", 75), ("sd3", 126), ("flux", 126), ("pixart", 126)])
+def test_a_text_of_a_guard_that_would_be_cut_is_refused(kind, most):
+    """A token per letter, and two of each encoder's own: CLIP reads 77 in all, T5 as many as the call says."""
+    pipe, call = tiny_pipeline(kind), call_of(kind)
+    if kind not in ("sd", "sdxl"):
+        call["max_sequence_length"] = 128
+
+    def drawn(text):
+        with attach(pipe, Look(lambda state: state.denoise(state.x_t, state.level, text))):
+            pipe(**call)
+
+    drawn("a" * most)
+    for text in ("a" * (most + 1), ["a" * (most + 1)]):
+        with pytest.raises(InvalidInput, match="text encoders read whole, got one 1 tokens too long"):
+            drawn(text)
+
+
 def test_one_prompt_per_sample():
     pipe = tiny_pipeline("sd")
     look = Look(lambda state: state.denoise(state.x_t, state.level, ["a dog", "a fog"]))

@@ -14,6 +14,7 @@ from tests.golden import safe_denoiser_loop as golden
 
 from steerclear import attach, guards, zoo
 from steerclear.app.arms import COUPLING, GUARDS
+from steerclear.app.prompts import negative_prompt
 from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.evaluate import controls
@@ -22,6 +23,7 @@ from steerclear.guards.base import requirements
 from steerclear.guards.tracking import Prediction, log_ratio
 from steerclear.negation import NegationSet, Space
 from steerclear.noise import NoiseLevel
+from steerclear.prompts.negative import require_whole
 from steerclear.testing.sampling import Spaceless
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers, NumPy 2
@@ -230,6 +232,10 @@ def test_every_guard_that_a_task_can_name_acts_on_the_shipped_model(pipe, unguar
     assert any(map(any, fired))
     changed = np.abs(pictures - unguarded[eta]).max((1, 2, 3)) > 0
     assert changed.tolist() == [any(step[i] for step in fired) for i in range(2)]
+
+
+def test_the_shipped_model_reads_the_negative_prompt_whole(pipe):
+    require_whole(pipe, negative_prompt(zoo.policies()), {})
 
 
 @pytest.mark.parametrize(

@@ -269,3 +269,6 @@ def test_the_longest_reader_counts():
     with pytest.raises(InvalidInput, match="too long"):
         NegativeText(text=text)(pipe, {"prompt": "a cat", "max_sequence_length": 64})
     assert NegativeText(text=text)(pipe, {"prompt": "a cat", "max_sequence_length": 128})["negative_prompt"] == text
+    pipe.text_encoder_3 = None  # as it is often loaded, to save memory
+    with pytest.raises(InvalidInput, match="too long"):
+        NegativeText(text=text)(pipe, {"prompt": "a cat", "max_sequence_length": 128})

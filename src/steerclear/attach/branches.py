@@ -191,10 +191,10 @@ class BranchHook:
             self._listening = True
 
     def encoded(self, prompt: str | Sequence[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The prompt as keyword arguments of the network, encoded once."""
+        """The prompt of a guard as keyword arguments of the network, encoded once, and whole."""
         key = prompt if isinstance(prompt, str) else tuple(prompt)
         if key not in self._encoded:
-            self._encoded[key] = encode(self.pipe, prompt, kwargs)
+            self._encoded[key] = encode(self.pipe, prompt, kwargs, whole=True)
         return self._encoded[key]
 
 

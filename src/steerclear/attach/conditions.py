@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerclear.errors import InvalidInput, UnsupportedPipeline
+from steerclear.prompts.negative import require_whole
 
 
 def take_rows(value: Any, rows: slice, total: int) -> Any:  # noqa: ANN401 - an argument of any network
@@ -48,15 +49,23 @@ def _like(value: Any, old: Any, batch: int) -> Any:  # noqa: ANN401
 
 
 @torch.no_grad()
-def encode(pipe: Any, prompt: str | Sequence[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+def encode(
+    pipe: Any,  # noqa: ANN401
+    prompt: str | Sequence[str],
+    kwargs: Mapping[str, Any],
+    *,
+    whole: bool = False,
+) -> dict[str, Any]:
     """Keyword arguments of the network that stand for ``prompt``, made by the pipeline's own ``encode_prompt``.
 
     Args:
         pipe: The pipeline.
         prompt: One prompt, or one per sample.
         kwargs: Keyword arguments of a call of the network: they say what it reads, and how long its sequences are.
+        whole: Refuse a prompt that the encoders would cut. Without it the pipeline cuts, and warns as ever.
 
     Raises:
+        InvalidInput: For a prompt that would be cut, if it must be read whole.
         UnsupportedPipeline: If the pipeline has no ``encode_prompt``, or the network reads no text.
     """
     make = getattr(pipe, "encode_prompt", None)
@@ -71,6 +80,8 @@ def encode(pipe: Any, prompt: str | Sequence[str], kwargs: Mapping[str, Any]) ->
     length = old.shape[1]
     if "pooled_projections" in kwargs and "txt_ids" not in kwargs:  # SD3 puts CLIP's tokens in front of T5's
         length -= pipe.tokenizer_max_length
+    for text in ((prompt,) if isinstance(prompt, str) else prompt) if whole else ():
+        require_whole(pipe, text, {"max_sequence_length": length})
     wishes = {
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         "device": old.device,

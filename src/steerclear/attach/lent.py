@@ -114,7 +114,8 @@ class ExtraBranch:
             per sample; ``None`` repeats the unconditional call, or without guidance the sampler's only one.
 
     Raises:
-        InvalidInput: If ``x_t`` has another shape, ``level`` is another one, or the condition does not fit the network.
+        InvalidInput: If ``x_t`` has another shape, ``level`` is another one, the condition does not fit the network, or
+            a prompt is longer than the pipeline's text encoders read: its end would be cut.
         UnsupportedPipeline: If the pipeline cannot encode a prompt by itself, or for a sample other than ``state.x_t``
             if the network's input is not known to be the sample times a number (ControlNet, lists of samples).
 

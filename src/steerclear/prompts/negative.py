@@ -64,7 +64,7 @@ class NegativeText:
             )
         _check_guidance(pipe, known | arguments)
         for each in (self.text,) if isinstance(self.text, str) else self.text:
-            _check_length(pipe, each, known | arguments)
+            require_whole(pipe, each, known | arguments)
         size = _prompts(arguments)
         changed = {name: self._joined(arguments[name], size) for name in NAMES if arguments.get(name) is not None}
         return arguments | {"negative_prompt": self._joined(None, size)} | changed
@@ -101,7 +101,7 @@ def pieces(pipe: Pipeline, terms: Iterable[str]) -> list[str]:
         if texts and not _lost(pipe, longer, {}):
             texts[-1] = longer
         else:
-            _check_length(pipe, term, {})
+            require_whole(pipe, term, {})
             texts.append(term)
     if not texts:
         raise InvalidInput("pieces: expected at least one term that names what is not wanted, got none")
@@ -143,13 +143,18 @@ def _check_guidance(pipe: Pipeline, call: dict[str, Any]) -> None:
         )
 
 
-def _check_length(pipe: Pipeline, text: str, call: dict[str, Any]) -> None:
+def require_whole(pipe: Pipeline, text: str, call: dict[str, Any]) -> None:
+    """Refuse a text of a guard's that the pipeline's encoders would cut: the guard would not act on its end.
+
+    Raises:
+        InvalidInput: If it is too long even for the encoder that reads most.
+    """
     lost = _lost(pipe, text, call)
     if lost:
         raise InvalidInput(
-            f"a text on what is not wanted: expected one that {type(pipe).__name__}'s text encoders read whole, got "
-            f"one {lost} tokens too long, whose end would be cut without a word: {text!r}. Shorten it, or chain one "
-            "guard (NegativePrompt, SLD) per text of prompts.pieces(pipe, terms)"
+            f"the text of a guard: expected one that {type(pipe).__name__}'s text encoders read whole, got one {lost} "
+            f"tokens too long, whose end would be cut without a word: {text!r}. Shorten it, or chain one guard "
+            "(NegativePrompt, SLD) per text of prompts.pieces(pipe, terms)"
         )
 
 
@@ -158,10 +163,10 @@ def _lost(pipe: Pipeline, text: str, call: dict[str, Any]) -> int:
     over: list[int] = []
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         tokenizer = getattr(pipe, name, None)
-        if tokenizer is None:
+        if tokenizer is None or getattr(pipe, name.replace("tokenizer", "text_encoder"), None) is None:
             continue
         limit = tokenizer.model_max_length
-        if "T5" in type(tokenizer).__name__:
+        if "CLIP" not in type(tokenizer).__name__:
             limit = call.get("max_sequence_length") or _parameters(pipe).get("max_sequence_length") or limit
         over.append(len(tokenizer(text, verbose=False).input_ids) - limit)
     return max(0, min(over, default=0))
