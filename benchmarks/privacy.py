@@ -140,7 +140,7 @@ def seen(own: Tensor, unsafe: Tensor, harmless: Tensor) -> dict[str, Any]:
         x = kept.project(own[:, k])
         safe = good.posterior(x, level).log_evidence
         scores["items"].append(bad.posterior(x, level).log_evidence - safe)
-        scores["statistics"].append(NegationStatistics.of(bad).posterior(x, level).log_evidence - safe)
+        scores["statistics"].append(NegationStatistics.of(bad, rank=8).posterior(x, level).log_evidence - safe)
     found: dict[str, Any] = {}
     for name, raw in scores.items():
         even = space.levelled(torch.stack(raw, 1).double().numpy(), harmless.numpy())

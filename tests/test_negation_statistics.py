@@ -262,6 +262,42 @@ def test_a_label_gets_at_most_a_direction_for_two_pictures():
     assert made.basis[0].flatten(1).norm(dim=1).tolist() == pytest.approx([1] * 5 + [0])
 
 
+def test_by_default_a_label_gets_a_direction_for_25_different_pictures_and_at_most_eight():
+    """Fewer pictures per direction tell members from strangers: that takes a number given on purpose."""
+    space = Space(encoder="x", shape=(12,))
+    sizes = {"few": 10, "24": 24, "25": 25, "60": 60, "many": 230}
+    latents = torch.randn(sum(sizes.values()), 12, generator=torch.Generator().manual_seed(0))
+    labels = tuple(name for name, size in sizes.items() for _ in range(size))
+    made = NegationStatistics.of(NegationSet(latents=latents, space=space, labels=labels))
+    assert dict(zip(made.labels, made.directions, strict=True)) == {"few": 0, "24": 0, "25": 1, "60": 2, "many": 8}
+    assert made.rank == 8
+    assert NegationStatistics.of(NegationSet(latents=latents[:34], space=space, labels=labels[:34])).rank == 0
+    heavy = torch.ones(60)
+    heavy[:20] = 20.0  # as if there were little more than these
+    some = NegationSet(latents=latents[:60], space=space, weights=heavy, labels=("a",) * 60)
+    assert NegationStatistics.of(some).directions == (0,)
+    repeated = replace(some, weights=torch.ones(60), digests=tuple(f"sha256:{k // 3}" for k in range(60)))
+    assert NegationStatistics.of(repeated).directions == (0,)
+    assert NegationStatistics.of(some, rank=3).directions == (3,)
+
+
+def test_a_small_label_shows_by_default_no_more_of_its_members_than_a_mean_does():
+    """P(a member is denser than a stranger). A mean of n is 2D/n nearer to its own, squared, beside a spread of 2√D."""
+    space, generator = Space(encoder="x", shape=(64,)), torch.Generator().manual_seed(0)
+
+    def told(**settings):
+        inside, outside = torch.randn(2, 40, 20, 64, generator=generator)
+        right = 0.0
+        for members, strangers in zip(inside, outside, strict=True):
+            made = NegationStatistics.of(NegationSet(latents=members, space=space), **settings)
+            own, other = (made.posterior(x, NoiseLevel(1.0, 0.5)).log_evidence for x in (members, strangers))
+            right += float((own[:, None] > other).double().mean()) / len(inside)
+        return right
+
+    assert told() == pytest.approx((1 + math.erf(math.sqrt(64) / 20 / math.sqrt(2))) / 2, abs=0.03)
+    assert told(rank=8) > 0.95
+
+
 @pytest.mark.parametrize("settings", [{"rank": -1}, {"least": 1}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(InvalidInput, match="rank >= 0 and least >= 2"):
@@ -315,13 +351,13 @@ def test_a_file_keeps_statistics_and_no_item(tmp_path):
     assert path.read_bytes() == content
     for kept in (*raw.digests, *raw.ids):
         assert kept.removeprefix("sha256:").encode() not in content
-    with pytest.raises(NegationFileError, match="a negation set, got statistics, .* NegationStatistics.load"):
+    with pytest.raises(NegationFileError, match=r"a negation set, got statistics, .* NegationStatistics\.load"):
         NegationSet.load(path)
 
 
 def test_a_negation_set_is_no_statistics(tmp_path):
     items().save(tmp_path / "a.safetensors")
-    with pytest.raises(NegationFileError, match="expected statistics, .* got a negation set; .* NegationSet.load"):
+    with pytest.raises(NegationFileError, match=r"expected statistics, .* got a negation set; .* NegationSet\.load"):
         NegationStatistics.load(tmp_path / "a.safetensors")
 
 

@@ -44,6 +44,17 @@ def test_one_label_for_all(steerclear, bad, tmp_path):
     assert facts["labels"] == {"weapons": 24}
 
 
+def test_a_rank_that_gives_pictures_away_takes_a_word_and_is_said(steerclear, bad, tmp_path):
+    words = ("negate", "summarise", bad, "-o", tmp_path / "statistics.safetensors", "--label", "weapons")
+    said = steerclear(*words).stdout
+    assert "24 pictures, 0 directions" in said
+    assert "warning" not in said
+    said = steerclear(*words, "--rank", 2).stdout
+    assert "24 pictures, 2 directions" in said
+    assert "warning   fewer than 25 pictures for each direction of weapons" in said
+    assert json.loads(steerclear(*words, "--rank", 2, "--json").stdout)["directions"] == {"weapons": 2}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -7,16 +7,17 @@ from typing import Any
 from steerclear.app.files import sha256
 from steerclear.errors import InvalidInput
 from steerclear.negation import NegationSet, NegationStatistics
+from steerclear.negation.statistics import PICTURES_PER_DIRECTION
 
 
 def summarised(
-    items: NegationSet, *, rank: int, least: int, label: str | None, merge: Sequence[str]
+    items: NegationSet, *, rank: int | None, least: int, label: str | None, merge: Sequence[str]
 ) -> NegationStatistics:
     """The statistics of a set.
 
     Args:
         items: The set.
-        rank: Directions per label.
+        rank: Directions per label; ``None`` for as many as its pictures allow.
         least: Fewest pictures per label.
         label: One label for all.
         merge: ``OLD=NEW`` names of labels.
@@ -43,6 +44,7 @@ def facts(made: NegationStatistics, file: Path) -> dict[str, Any]:
         "kind": "statistics",
         "labels": dict(zip(made.labels, made.counts.tolist(), strict=True)),
         "rank": made.rank,
+        "directions": dict(zip(made.labels, made.directions, strict=True)),
         "space": {"encoder": made.space.encoder, "shape": list(made.space.shape), "name": made.space.name},
         "norm": dict(zip(made.labels, made.means.flatten(1).norm(dim=1).tolist(), strict=True)),
         "spread": dict(zip(made.labels, spread.tolist(), strict=True)),
@@ -55,8 +57,14 @@ def lines(made: NegationStatistics, file: Path) -> Iterator[str]:
     known = facts(made, file)
     yield f"{file}: statistics of {len(made)} labels, rank {made.rank}, in {made.space}; no items"
     for label in made.labels[:12]:
-        numbers = known["labels"][label], known["norm"][label], known["spread"][label]
-        yield "{:24} {} pictures, mean's norm {:.2f}, spread {:.2f}".format(label or "(none)", *numbers)
+        numbers = [known[name][label] for name in ("labels", "directions", "norm", "spread")]
+        yield "{:24} {} pictures, {} directions, mean's norm {:.2f}, spread {:.2f}".format(label or "(none)", *numbers)
     if len(made) > 12:
         yield f"and {len(made) - 12} more"
+    counts, directions = known["labels"], known["directions"]
+    if told := [name for name in made.labels if counts[name] < PICTURES_PER_DIRECTION * directions[name]]:
+        yield (
+            f"warning   fewer than {PICTURES_PER_DIRECTION} pictures for each direction of {', '.join(told[:5])}"
+            f"{' and others' * (len(told) > 5)}: this file tells which pictures it was made of; leave out --rank"
+        )
     yield f"sha256    {known['sha256']}"

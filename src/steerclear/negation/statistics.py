@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "steerclear.statistics", "1"
 EXACT = 4096  # items or dimensions up to which the spectrum is computed exactly
+#: Different pictures for each direction: with fewer, members of a label are told from others (docs/privacy.md).
+PICTURES_PER_DIRECTION = 25
+MOST = 8  # directions of a label unless more are asked for: what was measured
 _SIGNED = ("format", "version", "space", "labels")
 _TENSORS = ("means", "basis", "variances", "remainders", "shares", "counts")
 
@@ -91,13 +94,20 @@ class NegationStatistics:
 
     @classmethod
     def of(
-        cls, items: NegationSet, *, rank: int = 8, least: int = 10, merge: str | Mapping[str, str] | None = None
+        cls,
+        items: NegationSet,
+        *,
+        rank: int | None = None,
+        least: int = 10,
+        merge: str | Mapping[str, str] | None = None,
     ) -> "NegationStatistics":
         """Statistics of a set, label by label.
 
         Args:
             items: The set; nothing of it but its labels, numbers per label and these statistics is kept.
-            rank: Directions per label, >= 0; a label gets at most one for every two of its pictures.
+            rank: Directions per label, >= 0. By default one for every 25 different pictures of the label, at most 8, so
+                none for fewer than 25: directions are what gives pictures away. A number is taken at its word, up to
+                one for every two pictures.
             least: A label's fewest different pictures, >= 2, and the least effective number
                 :math:`1 / \\sum_i \\bar w_i^2` under its weights: the mean of three pictures is a picture.
             merge: One label for all, or new names for some labels; those with the same name become one.
@@ -109,7 +119,7 @@ class NegationStatistics:
             One eigendecomposition per label, of its items or of the dimensions, whichever are fewer; from 4096 of both
             on a randomised one.
         """
-        if rank < 0 or least < 2:
+        if (rank or 0) < 0 or least < 2:
             raise InvalidInput(f"NegationStatistics: expected rank >= 0 and least >= 2, got {rank} and {least}")
         if isinstance(merge, str):
             names = [merge] * len(items)
@@ -126,10 +136,11 @@ class NegationStatistics:
                 "would show in their mean. Give related labels one name, merge={'axe': 'weapon', 'dagger': 'weapon'}, "
                 "or all of them, merge='weapons'; or leave these labels out"
             )
-        weights = items.weights.double()
+        weights, share = items.weights.double(), PICTURES_PER_DIRECTION if rank is None else 2
+        most = {name: int(number + 1e-6) // share for name, number in numbers.items()}
+        width = min(MOST, max(most.values())) if rank is None else rank
         fits = [
-            _fit(items.latents[of].flatten(1).double(), weights[of], rank, int(numbers[name] + 1e-6) // 2)
-            for name, of in rows.items()
+            _fit(items.latents[of].flatten(1).double(), weights[of], width, most[name]) for name, of in rows.items()
         ]
         means, basis, variances, remainders = (torch.stack(part).float() for part in zip(*fits, strict=True))
         return cls(
@@ -219,8 +230,13 @@ class NegationStatistics:
 
     @property
     def rank(self) -> int:
-        """Directions per label."""
+        """The most directions that a label may have here."""
         return self.variances.shape[1]
+
+    @property
+    def directions(self) -> tuple[int, ...]:
+        """How many each label has."""
+        return tuple(self.basis.flatten(2).any(2).sum(1).tolist())
 
     def to(self, device: str | torch.device) -> "NegationStatistics":
         """The statistics with their tensors on ``device``."""

@@ -21,7 +21,11 @@ What such a file still reveals, and what guards lose with it: docs/privacy.md.""
 )
 @common.SET
 @click.option("-o", "--out", type=options.SET, metavar="FILE", required=True, help="File to write, NAME.safetensors.")
-@click.option("--rank", type=click.IntRange(0), default=8, show_default=True, help="Directions per label.")
+@click.option(
+    "--rank",
+    type=click.IntRange(0),
+    help="Directions per label; more give pictures away. Default: one for every 25 pictures, at most 8.",
+)
 @click.option("--least", type=click.IntRange(2), default=10, show_default=True, help="Fewest pictures per label.")
 @click.option("--label", help="Take all pictures as one label.")
 @click.option("--merge", multiple=True, metavar="OLD=NEW", help="Take a label's pictures as NEW; repeatable.")
