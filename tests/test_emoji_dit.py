@@ -1,5 +1,6 @@
 """The class-conditional model that ships: it loads, draws its classes, and can be guarded."""
 
+import importlib
 import json
 
 import pytest
@@ -8,9 +9,17 @@ from diffusers import DiTPipeline
 
 import steerclear
 from steerclear import detect, zoo
+from steerclear.zoo import class_conditional, kept
 
 pytestmark = pytest.mark.slow
 CALL = {"num_inference_steps": 20, "guidance_scale": 2.0, "output_type": "pt"}
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    """Nothing is read from or left in the cache of whoever runs the tests."""
+    monkeypatch.setattr(kept, "folder", lambda: tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +80,36 @@ def test_the_recommended_guard_takes_alcohol_out_and_leaves_what_is_far_from_it(
     untouched = [torch.equal(a, b) for a, b in zip(plain, guarded, strict=True)]
     assert 4 <= sum(untouched) < 24
     assert trace.steps == 20
+
+
+def test_references_are_walked_once_and_anew_for_a_model_that_draws_otherwise(pipe, folder, monkeypatch):
+    module, rows = importlib.import_module("steerclear.attach.walk"), []
+    walk = module.walk_along
+
+    def counted(pipe, references, prompts, **settings):
+        rows.append(len(prompts))
+        return walk(pipe, references, prompts, **settings)
+
+    monkeypatch.setattr(module, "walk_along", counted)
+    negation, safe = (each.remove(each.ids[6:]) for each in zoo.class_references("alcohol", ["food-drink"]))
+    call = {"num_inference_steps": 2, "guidance_scale": 2.0, "components": 5}
+
+    def seen(**changes):
+        made = class_conditional.see_classes(pipe, negation, safe, **(call | changes))
+        return made.log_snr, made.mean, made.basis, made.points
+
+    once, again = seen(), seen()
+    assert all(map(torch.equal, once, again))
+    assert rows == [1, 24, 1]
+    assert len(list(folder.iterdir())) == 1
+    seen(guidance_scale=2.5)
+    weight = pipe.transformer.proj_out_2.bias
+    with torch.no_grad():
+        weight += 0.01
+    try:
+        other = seen()
+    finally:
+        with torch.no_grad():
+            weight -= 0.01
+    assert rows == [1, 24, 1, 1, 24, 1, 24]
+    assert not torch.equal(other[3], once[3])

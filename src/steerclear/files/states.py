@@ -5,6 +5,7 @@ bit, and every tensor lies in memory as it did: a fused optimiser walks over wei
 not ask whether both are laid out alike.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ from steerclear.files.scan import Malformed
 KIND = "steerclear state 1"
 #: A network of a thousand layers has some ten thousand; characters of what holds them.
 MAX_TENSORS, MAX_TEXT = 1 << 16, 1 << 23
+
+
+def digest(state: Any) -> str:  # noqa: ANN401
+    """SHA-256 of a state, in hexadecimal: equal for equal states, laid out alike.
+
+    Raises:
+        InvalidInput: As :func:`write`.
+    """
+    tensors: dict[str, Tensor] = {}
+    found = hashlib.sha256(json.dumps(_apart(state, "", tensors)).encode())
+    for part in files.parts(tensors, {}):
+        found.update(part)
+    return found.hexdigest()
 
 
 def write(path: Path, state: Any) -> None:  # noqa: ANN401
