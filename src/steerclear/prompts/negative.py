@@ -1,11 +1,11 @@
 """A negative prompt given to the pipeline itself, the form that costs nothing; and texts cut to what encoders read."""
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from steerclear.errors import InvalidInput, UnsoundCombination, UnsupportedPipeline
+from steerclear.prompts.encoders import parameters
 
 Pipeline = Any  # classic and modular pipelines share no typed interface
 
@@ -51,7 +51,7 @@ class NegativeText:
             )
 
     def __call__(self, pipe: Pipeline, arguments: dict[str, Any]) -> dict[str, Any]:
-        known = _parameters(pipe)
+        known = parameters(pipe)
         if "negative_prompt" not in known:
             raise UnsupportedPipeline(
                 f"NegativeText: expected a pipeline that takes a negative_prompt, got {type(pipe).__name__}, which "
@@ -98,7 +98,7 @@ def pieces(pipe: Pipeline, terms: Iterable[str]) -> list[str]:
     texts: list[str] = []
     for term in terms:
         longer = _join(texts[-1], term) if texts else term
-        if texts and not _lost(pipe, longer, {}):
+        if texts and not unread(pipe, longer, {}):
             texts[-1] = longer
         else:
             require_whole(pipe, term, {})
@@ -110,15 +110,6 @@ def pieces(pipe: Pipeline, terms: Iterable[str]) -> list[str]:
 
 def _join(text: str, other: str) -> str:
     return ", ".join(part for part in (text, other) if part.strip())
-
-
-def _parameters(pipe: Pipeline) -> dict[str, Any]:
-    """What a call of the pipeline takes, with defaults."""
-    blocks = getattr(pipe, "blocks", None)
-    if blocks is not None:
-        return {item.name: item.default for item in blocks.inputs if item.name}
-    named = inspect.signature(type(pipe).__call__).parameters.values()
-    return {p.name: None if p.default is p.empty else p.default for p in named}
 
 
 def _prompts(arguments: dict[str, Any]) -> int | None:
@@ -149,7 +140,7 @@ def require_whole(pipe: Pipeline, text: str, call: dict[str, Any]) -> None:
     Raises:
         InvalidInput: If it is too long even for the encoder that reads most.
     """
-    lost = _lost(pipe, text, call)
+    lost = unread(pipe, text, call)
     if lost:
         raise InvalidInput(
             f"the text of a guard: expected one that {type(pipe).__name__}'s text encoders read whole, got one {lost} "
@@ -158,8 +149,8 @@ def require_whole(pipe: Pipeline, text: str, call: dict[str, Any]) -> None:
         )
 
 
-def _lost(pipe: Pipeline, text: str, call: dict[str, Any]) -> int:
-    """How many tokens even the encoder that reads most would not see."""
+def unread(pipe: Pipeline, text: str, call: dict[str, Any]) -> int:
+    """How many tokens of a text even the pipeline's encoder that reads most would not see."""
     over: list[int] = []
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         tokenizer = getattr(pipe, name, None)
@@ -167,6 +158,6 @@ def _lost(pipe: Pipeline, text: str, call: dict[str, Any]) -> int:
             continue
         limit = tokenizer.model_max_length
         if "CLIP" not in type(tokenizer).__name__:
-            limit = call.get("max_sequence_length") or _parameters(pipe).get("max_sequence_length") or limit
+            limit = call.get("max_sequence_length") or parameters(pipe).get("max_sequence_length") or limit
         over.append(len(tokenizer(text, verbose=False).input_ids) - limit)
     return max(0, min(over, default=0))
