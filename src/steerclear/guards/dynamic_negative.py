@@ -24,7 +24,7 @@ from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput
 from steerclear.guards.base import Requires
 from steerclear.guards.concepts import Text, alone, branch, checked_text, estimate
-from steerclear.guards.tracking import Prediction, log_odds, wide
+from steerclear.guards.tracking import Prediction, check_belief, log_odds, wide
 from steerclear.noise import per_sample
 
 
@@ -93,14 +93,7 @@ class DynamicNegativeGuidance:
         object.__setattr__(self, "prompt", checked_text(name, self.prompt))
         if not 0.0 <= self.strength < math.inf:
             raise InvalidInput(f"{name}: expected a finite strength >= 0, got {self.strength}")
-        low, high = self.bounds
-        if not 0.0 < low <= self.prior <= high < 1.0:
-            raise InvalidInput(
-                f"{name}: expected 0 < bounds[0] <= prior <= bounds[1] < 1, got prior={self.prior}, "
-                f"bounds={self.bounds}"
-            )
-        if not 0.0 < self.tau < math.inf or not math.isfinite(self.delta):
-            raise InvalidInput(f"{name}: expected a finite tau > 0 and delta, got tau={self.tau}, delta={self.delta}")
+        check_belief(name, self.prior, self.bounds, self.tau, self.delta)
 
     @classmethod
     def published(cls, prompt: Text) -> "DynamicNegativeGuidance":

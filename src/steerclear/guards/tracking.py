@@ -13,8 +13,22 @@ import torch
 from torch import Tensor
 
 from steerclear.denoise import DenoiseState
-from steerclear.errors import UnsoundCombination
+from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.noise import NoiseLevel, squared_norm
+
+
+def check_belief(name: str, prior: float, bounds: tuple[float, float], tau: float, delta: float) -> None:
+    """Refuse settings of a tracked weight that mean nothing.
+
+    Raises:
+        InvalidInput: For them.
+    """
+    if not 0.0 < bounds[0] <= prior <= bounds[1] < 1.0:
+        raise InvalidInput(
+            f"{name}: expected 0 < bounds[0] <= prior <= bounds[1] < 1, got prior={prior}, bounds={bounds}"
+        )
+    if not 0.0 < tau < math.inf or not math.isfinite(delta):
+        raise InvalidInput(f"{name}: expected a finite tau > 0 and delta, got tau={tau}, delta={delta}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from steerclear.denoise import DenoiseState
 from steerclear.errors import InvalidInput, UnsoundCombination
 from steerclear.guards.base import Requires
 from steerclear.guards.subspace import Subspace
-from steerclear.guards.tracking import Prediction, log_odds
+from steerclear.guards.tracking import Prediction, check_belief, log_odds
 from steerclear.negation import Posterior, References
 from steerclear.negation.references import at_present
 from steerclear.noise import NoiseLevel
@@ -243,14 +243,7 @@ class Dynamic(Weight):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = self.bounds
-        if not 0.0 < low <= self.prior <= high < 1.0:
-            raise InvalidInput(
-                f"Dynamic: expected 0 < bounds[0] <= prior <= bounds[1] < 1, got prior={self.prior}, "
-                f"bounds={self.bounds}"
-            )
-        if not 0.0 < self.tau < math.inf or not math.isfinite(self.delta):
-            raise InvalidInput(f"Dynamic: expected a finite tau > 0 and delta, got tau={self.tau}, delta={self.delta}")
+        check_belief("Dynamic", self.prior, self.bounds, self.tau, self.delta)
 
     @property
     def requires(self) -> Requires:
