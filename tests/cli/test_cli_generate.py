@@ -161,6 +161,13 @@ def test_prompts_from_a_file_and_from_stdin(steerclear, shipped, tmp_path):
     assert "Give a prompt" in steerclear("generate", code=2).stderr
 
 
+def test_a_prompt_that_is_too_long_is_said_to_be(steerclear, shipped, tmp_path):
+    """A token per letter, and two marks: 77 are read."""
+    said = steerclear("generate", "a" * 80, "b" * 75, "--out", tmp_path, "--steps", 2).stderr
+    assert said.count("note ") == 1
+    assert f"does not read the last 5 tokens of {'a' * 80!r}" in said
+
+
 def test_a_grid_alone_leaves_one_file(steerclear, shipped, tmp_path):
     steerclear("generate", "a cat", "-n", 3, "--grid", tmp_path / "grid.png", *QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]

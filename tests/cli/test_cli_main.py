@@ -34,6 +34,12 @@ def test_every_command_teaches(steerclear, path):
     assert all(option.help for option in command.params if isinstance(option, click.Option))
 
 
+@pytest.mark.parametrize("group", [(), ("negate",), ("evaluate",), ("finetune",)], ids=" ".join)
+def test_no_command_is_described_by_half_a_sentence(steerclear, group):
+    text = steerclear(*group, "--help", terminal_width=80).stdout
+    assert "..." not in text.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("path", list(commands()), ids=" ".join)
 def test_the_examples_parse(path):
     """Every example line of a command's help is a command line that the parser accepts."""

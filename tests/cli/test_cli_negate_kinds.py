@@ -221,3 +221,27 @@ def test_generate_takes_statistics(steerclear, model_folder, picture_folder, tmp
     assert of[STATISTICS]["settings"]["guard"] != of[SET]["settings"]["guard"]
     published = steerclear("generate", "a drink", "--negation", STATISTICS, "--guard", "published", *model, code=2)
     assert "use --guard safe-denoiser or dynamic" in published.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"add {SET} more.safetensors --label x", "--label is for pictures"),
+        (f"inspect {SET} --images folder", "give both"),
+        ("build folder --steps 3 -o new.safetensors", "--steps would do nothing with SOURCE"),
+        ("build --prompt x --ray --skipped l -o new.safetensors", "--ray, --skipped would do nothing with --prompt"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(steerclear, fresh, words, said):
+    folder = fresh("here")
+    before = content(folder)
+    assert said in steerclear("negate", *words.split(), code=2).stderr
+    assert content(folder) == before
+
+
+def test_generate_names_the_model_that_is_wanted(steerclear, fresh, model_folder):
+    folder = fresh("here")
+    words = ("a drink", "--negation", SET, "--scheduler", "ddpm", "--model", model_folder, "--steps", 2)
+    said = steerclear("generate", *words, code=2).stderr
+    assert "give the --model that made the set" in said
+    assert not (folder / "pictures").exists()

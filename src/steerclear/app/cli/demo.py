@@ -11,13 +11,14 @@ from steerclear.app.cli import options
 
 
 @click.command(
+    short_help="Draw prompts without and with the guard, and report.",
     epilog="""\b
 Examples:
   steerclear demo                              all policies, 4 seeds, into ./steerclear-demo
   steerclear demo --policy weapons --seeds 9   one policy, more pictures
   steerclear demo --json > numbers.json        for machines
 \b
-Then open steerclear-demo/report.html. The judge that names the pictures knows emoji only."""
+Then open steerclear-demo/report.html. The judge that names the pictures knows emoji only.""",
 )
 @click.option(
     "--out", type=options.FOLDER, default=Path("steerclear-demo"), show_default=True, help="Folder to write to."

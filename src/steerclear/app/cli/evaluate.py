@@ -10,6 +10,7 @@ from steerclear.app.cli import options
 
 
 @click.group(
+    short_help="Compare guards on prompts, with judges and intervals.",
     epilog="""\b
 A task is a YAML file, for example task.yaml:
   model: emoji-sd
@@ -25,7 +26,7 @@ A task is a YAML file, for example task.yaml:
 Then:
   steerclear evaluate run task.yaml -o trial --limit 2    two prompts of each kind
   steerclear evaluate run task.yaml -o run                all; again after an interruption: it goes on
-  steerclear evaluate show run                            what is there, as a table"""
+  steerclear evaluate show run                            what is there, as a table""",
 )
 def evaluate() -> None:
     """Compare guards on prompts, with judges: every picture a record, every rate with its interval.
@@ -81,12 +82,13 @@ def run(task: Path, out: Path, no_report: bool, **rest: Any) -> None:  # noqa: A
 
 
 @evaluate.command(
+    short_help="Write what a finished run adds up to.",
     epilog="""\b
 Examples:
   steerclear evaluate report run
 \b
 Nothing is drawn. The files are records.parquet and, with a judge, scoreboard.json, scoreboard.md, report.html and
-figures/; older ones are replaced."""
+figures/; older ones are replaced.""",
 )
 @click.argument("folder", type=options.FOLDER)
 def report(folder: Path) -> None:

@@ -12,15 +12,17 @@ _SAMPLES = ("steps", "cfg")
 
 
 @click.group(
+    short_help="Train a guard into a model's weights.",
     epilog="""\b
 Guards that are attached while the model draws:  steerclear guards
-Which one is better, on this model:  docs/choosing.md"""
+Which one is better, on this model:  docs/choosing.md""",
 )
 def finetune() -> None:
     """Train a guard into a model's weights: no cost while drawing, nothing to attach."""
 
 
 @finetune.command(
+    short_help="Teach a model to draw unsafe pictures as mosaics (SafeGen).",
     epilog="""\b
 Examples:
   steerclear finetune safegen --policy weapons -o no-weapons          shipped model and policy
@@ -39,7 +41,7 @@ OUT then holds
 Needs float32, and a UNet with self-attention layers (Stable Diffusion 1.x, 2.x, XL). An adapter needs PEFT:
   pip install 'steerclear[finetune]'
 Whoever has the model can take the adapter off again. What it removes, and what it costs, must be measured on
-your own model: docs/safegen.md."""
+your own model: docs/safegen.md.""",
 )
 @click.argument("folder", type=options.FOLDER, required=False)
 @click.option("-o", "--out", type=options.FOLDER, required=True, help="Folder to write.")

@@ -9,7 +9,7 @@ import click
 
 from steerclear import __version__
 from steerclear.app.cli import options
-from steerclear.errors import InvalidInput
+from steerclear.errors import InvalidInput, NegationMismatch
 
 
 @click.command(
@@ -36,16 +36,26 @@ scheduler that adds noise, such as ddpm or euler_ancestral."""
 @click.option(
     "--policy", "policies", multiple=True, metavar="NAME", help="Shipped policy to steer away from; repeatable."
 )
-@click.option("--negation", "negations", multiple=True, type=options.SET, help="Own negation set; repeatable.")
-@click.option("--safe", type=options.SET, help="Safe reference set for --negation.")
+@click.option(
+    "--negation",
+    "negations",
+    multiple=True,
+    type=options.SET,
+    metavar="SET",
+    help="Own negation set: a file, a store, or statistics; repeatable.",
+)
+@click.option("--safe", type=options.SET, metavar="SET", help="Safe reference set for --negation, likewise.")
 @click.option(
     "--guard",
     "kinds",
     multiple=True,
     metavar="KIND",
-    help="Of steerclear guards; repeatable. Default: recommended for policies, else what --negation and --safe allow.",
+    help="For policies one that steerclear guards lists, by default recommended; for --negation safe-denoiser, which "
+    "needs --safe and is the default with it, dynamic, else the default, or published. Repeatable.",
 )
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the guard; repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of a policy's guard; repeatable."
+)
 @click.option("--strength", type=float, help="Strength of the guard; 1 is the theorem, 0 only watches.")
 @click.option(
     "--bandwidth", type=float, help="Kernel width for --negation, in latent units. Default: the step's noise level."
@@ -72,7 +82,13 @@ def generate(prompts: tuple[str, ...], prompts_file: TextIO | None, as_json: boo
     if not texts:
         raise click.UsageError('Give a prompt, as in: steerclear generate "a drink", or --prompts-file FILE.')
     started = time.perf_counter()
-    entries = _generate(texts, rest)
+    try:
+        entries = _generate(texts, rest)
+    except NegationMismatch as error:
+        raise NegationMismatch(
+            f"{str(error).partition(';')[0]}; give the --model that made the set, or make one for this model: "
+            f"steerclear negate build PICTURES -o NAME.safetensors --model {rest['model']}"
+        ) from error
     if as_json:
         seconds = round(time.perf_counter() - started, 2)
         options.emit({"pictures": entries, "grid": rest["grid"] and str(rest["grid"]), "seconds": seconds})
@@ -88,9 +104,13 @@ def generate(prompts: tuple[str, ...], prompts_file: TextIO | None, as_json: boo
 def _generate(texts: Sequence[str], rest: dict[str, Any]) -> list[dict[str, Any]]:
     """The sidecars, each with ``path``; see the command."""
     from steerclear.app.generate import requests
+    from steerclear.prompts.negative import unread
 
     choice = _choice(rest)
     drawing, settings = _drawing(choice, rest)
+    for text in dict.fromkeys(texts):
+        if lost := unread(drawing.pipe, text, {}):
+            options.say(f"note      the model does not read the last {lost} tokens of {text!r}")
     seeds = range(rest["seed"], rest["seed"] + rest["count"])
     wanted = requests(texts, seeds, settings)
     folder = rest["out"] or Path("pictures")

@@ -6,13 +6,14 @@ from steerclear.app.cli.options import as_json, emit, table
 
 
 @click.command(
+    short_help="List the guards for shipped policies, and their settings.",
     epilog="""\b
 Examples:
   steerclear guards
   steerclear generate "a drink" --guard safe-denoiser --set strength=2
 \b
 Which one?  docs/choosing.md has all of them measured side by side. Task files of steerclear evaluate use
-the same names, as in   guard: {kind: safe-denoiser, strength: 2}"""
+the same names, as in   guard: {kind: safe-denoiser, strength: 2}""",
 )
 @as_json
 def guards(as_json: bool) -> None:

@@ -23,14 +23,17 @@ Examples:
   steerclear negate build bad/ -o bad.negation --licence "ticket 4711"      a store, to change while services read it
   steerclear negate build --prompt "a dagger" --prompt "an axe" -n 8 -o weapons.safetensors
 \b
-SOURCE is a folder of pictures, a Parquet file (column image, bytes or path), a tar file (WebDataset), a folder of such
-files, or a quoted pattern of them. Many pictures, many workers; all of these write the same bytes:
+SOURCE is a picture, a folder of pictures, a Parquet file (column image, bytes or path), a tar file (WebDataset), a
+folder of such files, or a quoted pattern of them. Many pictures, many workers; all of these write the same bytes:
   steerclear negate build 'bad-{0000..0099}.tar' -o bad.negation --workers 8 --skipped left-out.jsonl
   torchrun --nproc-per-node 8 -m steerclear negate build data/ -o bad.negation
   steerclear negate build data/ -o bad.negation --workers 32 --ray
 Killed at any moment, the same command goes on where it stopped: finished parts lie in OUT.build/ until all are there.
 \b
-With --prompt the model draws the pictures itself, so that nobody has to keep any."""
+With --prompt the model draws the pictures itself, so that nobody has to keep any.
+\b
+A file of the same name is replaced, a store never. Use what was made with:
+  steerclear generate "a street" --negation bad.safetensors --safe good.safetensors"""
 )
 @click.argument("sources", type=click.Path(), nargs=-1, metavar="[SOURCE]...")
 @click.option("--prompt", "prompts", multiple=True, help="Let the model draw it, in place of SOURCE; repeatable.")
@@ -62,11 +65,29 @@ def build(sources: tuple[str, ...], out: Path, as_json: bool, **rest: Any) -> No
         negation.require_new_store(out, "SOURCE")
     else:
         negation.require_target(out, negation.FILE)
+    _only("SOURCE" if sources else "--prompt", rest)
     if sources:
         _no_sets(sources)
         _encoded(sources, out, as_json, rest)
     else:
         _drawn(out, as_json, rest)
+
+
+def _only(way: str, rest: dict[str, Any]) -> None:
+    """Refuse options that would do nothing here."""
+    others = {
+        "SOURCE": {"--steps": rest["steps"]},
+        "--prompt": {
+            "--root": rest["root"],
+            "--workers": rest["workers"] > 1,
+            "--ray": rest["ray"],
+            "--parts": rest["parts"],
+            "--keep-parts": rest["keep_parts"],
+            "--skipped": rest["skipped"],
+        },
+    }
+    if idle := [name for name, value in others[way].items() if value]:
+        raise click.UsageError(f"{', '.join(idle)} would do nothing with {way}; leave it out.")
 
 
 def _no_sets(sources: tuple[str, ...]) -> None:

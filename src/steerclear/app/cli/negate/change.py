@@ -20,13 +20,15 @@ Examples:
   steerclear negate add bad.safetensors more/
   steerclear negate add bad.safetensors other.safetensors -o both.safetensors
   steerclear negate add bad.negation picture.png --provenance "request 4711"     services know it from now on
+  steerclear negate add bad.safetensors more/ --model ./my-sd      pictures need the model that made the set
 \b
-Pictures that are in the set already are skipped."""
+SOURCES are folders, pictures and negation sets, files or stores. All are added, or none. Pictures that are in the set
+already are skipped."""
 )
 @common.SET
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 @common.TARGET
-@click.option("--label", help="Label of the new pictures. Default: each one's folder.")
+@click.option("--label", help="Label of new pictures. Default: each one's folder.")
 @common.notes
 @options.model
 @options.as_json
@@ -38,6 +40,8 @@ def add(file: Path, sources: tuple[Path, ...], out: Path | None, as_json: bool, 
     store = _in_place(file, out)
     common.only_stores(file, store, rest)
     made = [common.is_made(source) for source in sources]
+    if rest["label"] is not None and all(made):
+        raise click.UsageError("--label is for pictures; the items of a negation set keep their own.")
     if not store:
         items = load(file)
         changed, _ = _joined([items, *_found(items.space, sources, made, rest)])

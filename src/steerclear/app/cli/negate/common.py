@@ -23,7 +23,9 @@ TARGET = click.option(
 
 def notes(function: _F) -> _F:
     """``--provenance`` and ``--licence``."""
-    provenance = click.option("--provenance", help="Store: where pictures come from. Default: SOURCE, or the model.")
+    provenance = click.option(
+        "--provenance", help="Store: where pictures come from. Default: what they were read from, or the model."
+    )
     licence = click.option("--licence", help="Store: terms under which they are kept, such as CC0 or a ticket number.")
     return provenance(licence(function))
 

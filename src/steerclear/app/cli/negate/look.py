@@ -12,12 +12,13 @@ from steerclear.errors import InvalidInput, NegationFileError, NegationMismatch,
 
 
 @click.command(
+    short_help="Show what is in a negation set.",
     epilog="""\b
 Examples:
   steerclear negate inspect bad.safetensors
   steerclear negate inspect bad.negation --items                             with provenance and licence
   steerclear negate inspect bad.safetensors --sheet bad.png                  decoded from the latents
-  steerclear negate inspect bad.safetensors --sheet bad.png --images bad/    the source pictures instead"""
+  steerclear negate inspect bad.safetensors --sheet bad.png --images bad/    the source pictures instead""",
 )
 @common.SET
 @click.option("--items", is_flag=True, help="List every item.")
@@ -29,6 +30,8 @@ def inspect(file: Path, items: bool, sheet: Path | None, as_json: bool, **rest: 
     """Show what is in a negation set, as a table and as a contact sheet."""
     from steerclear.app import negation
 
+    if rest["images"] is not None and sheet is None:
+        raise click.UsageError("--images says what --sheet FILE shows; give both.")
     if negation.kind(file) == negation.STATISTICS:
         if items or sheet is not None:
             raise InvalidInput(
@@ -54,6 +57,7 @@ def inspect(file: Path, items: bool, sheet: Path | None, as_json: bool, **rest: 
 
 
 @click.command(
+    short_help="Check that a negation set is whole.",
     epilog="""\b
 Examples:
   steerclear negate verify bad.safetensors                   is the file whole and finite?
@@ -61,7 +65,7 @@ Examples:
   steerclear negate verify bad.safetensors --model ./my-sd   … and made by this model's encoder?
   steerclear negate verify bad.safetensors --sha256 1f3a…    … and the file that I was promised?
 \b
-Exit code 0 if all is well, 1 if not, 2 for wrong usage."""
+Exit code 0 if all is well, 1 if not, 2 for wrong usage, or if there is nothing at that path.""",
 )
 @common.SET
 @click.option("--model", help="Also check that this model's encoder made it.")

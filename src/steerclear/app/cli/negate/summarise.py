@@ -11,13 +11,16 @@ from steerclear.errors import NegationFileError
 
 
 @click.command(
+    short_help="Keep statistics per label in place of pictures.",
     epilog="""\b
 Examples:
   steerclear negate summarise bad.safetensors -o statistics.safetensors
   steerclear negate summarise bad.negation -o statistics.safetensors --label weapons
   steerclear negate summarise bad.safetensors -o statistics.safetensors --merge axe=weapon --merge dagger=weapon
+  steerclear generate "a street" --negation statistics.safetensors --scheduler ddpm
 \b
-What such a file still reveals, and what guards lose with it: docs/privacy.md."""
+A label with too few pictures is refused: --merge gives related labels one name, --label gives all of them one.
+What such a file still reveals, and what guards lose with it: docs/privacy.md.""",
 )
 @common.SET
 @click.option("-o", "--out", type=options.SET, metavar="FILE", required=True, help="File to write, NAME.safetensors.")
