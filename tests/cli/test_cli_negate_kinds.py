@@ -164,6 +164,13 @@ def test_generate_looks_at_sets_before_a_model_is_loaded(steerclear, fresh, name
     assert name in refused(steerclear, fresh("too"), "generate", "a drink", "--negation", SET, "--safe", name, *MODEL)
 
 
+@pytest.mark.parametrize("name", [*NONE, STATISTICS])
+def test_finetune_looks_at_sets_before_a_model_is_loaded(steerclear, fresh, name):
+    words = ("finetune", "safegen", "-o", "out", *MODEL)
+    assert name in refused(steerclear, fresh("here"), *words, "--negation", name, "--safe", SET)
+    assert name in refused(steerclear, fresh("too"), *words, "--negation", SET, "--safe", name)
+
+
 def test_a_store_is_never_made_where_something_is(steerclear, fresh):
     folder = fresh("here")
     assert f"negate add {STORE} {SET}" in refused(steerclear, folder, "negate", "import", SET, "-o", STORE)

@@ -98,6 +98,7 @@ your own model: docs/safegen.md.""",
 @options.as_json
 def safegen(folder: Path | None, out: Path, as_json: bool, **rest: Any) -> None:  # noqa: ANN401  (options)
     """Teach self-attention to draw unsafe pictures as mosaics, whatever the prompt says (SafeGen)."""
+    from steerclear.app import negation
     from steerclear.app import safegen as app
     from steerclear.finetune import boxes
 
@@ -115,6 +116,8 @@ def safegen(folder: Path | None, out: Path, as_json: bool, **rest: Any) -> None:
         call=call,
         seed=rest["seed"],
     )
+    for path in filter(None, (*rest["negation"], rest["safe"])):
+        negation.require(path, negation.FILE, negation.STORE)  # before a model is loaded
     pipe = options.load(rest["model"], rest["device"], rest["dtype"])
     blocks = rest["blocks"] or (4 if rest["preset"] == "small" else 12)
     triplets = source.triplets(pipe, finder, blocks, rest["mirror"])
