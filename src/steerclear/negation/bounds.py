@@ -15,383 +15,396 @@ so the cluster's evidence :math:`A_C` is bounded without reading a row, in three
 
 **At little noise** the last one leaves a handful of clusters, which are read, and the rest is below the tolerance: a
 proof. **At much noise** nearly all clusters count and none may be left out, but :math:`z` is small. Where the proof
-would cost more than that, every cluster's remainder :math:`E_C[e^z - 1 - z] \ge 0` is estimated from a few of its rows,
-more where more is at stake, and those that count for many are always among them: a stratified sum. Its error is bounded
-by :data:`DEVIATIONS` standard errors, with squares in place of variances, which only makes it wider. That is a
-statement of probability, not a proof, and about samples that were not made to fit rows which happen to be left out:
-``benchmarks/index.py`` counts how often it holds. **In between**, what remains too uncertain is read, most uncertain
-first, if need be everything: then the result is exact.
+would cost more than that, a stratified sample is taken (:mod:`steerclear.negation.sampling`). **In between**, what
+remains too uncertain is read, most uncertain first, if need be everything: then the result is exact.
+
+With a guess :math:`g_C` of every :math:`A_C` and the mean :math:`\hat m = \sum g_C c / \sum g_C`, the error of the mean
+is at most :math:`\sum_C (|A_C - g_C|\,\lVert c - \hat m\rVert + A_C\,\lVert m_C - c\rVert) / \sum_C A_C`.
+
+All functions here are loops that Numba compiles, over the clusters of one sample at a time.
 """
 
+# Numba types these by what they are called with.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportUnknownArgumentType=false
+# pyright: reportUntypedFunctionDecorator=false, reportUnknownVariableType=false, reportUnknownMemberType=false
+
 import math
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from steerclear.negation import fused, kernels
-from steerclear.negation.partition import Partition
+from steerclear.negation.kernels import add_some, compiled, some_distances
 
-Array = NDArray[np.float64]
-
+#: How many standard errors make a bound.
 DEVIATIONS = 5.0
-#: A cluster with more than this share of the evidence is sampled by so many rows at least.
-SHARE, MANY = 1 / 64, 256
+#: A cluster with more than this share of the evidence is sampled by so many rows at least, and all of them together.
+SHARE, MANY = 1 / 64, 128
+#: Rows that are sampled of a cluster for which one in so many would do: reading them in a row costs less than finding
+#: as many, and a cluster's neighbours, of which none is then read, are not looked for.
+GROUP = 16
+#: A cluster of which more than this share would be sampled is read.
+NEARLY = 0.9
 #: Largest typical deviation of z in a cluster that a few rows may speak for.
 TAME = 0.5
+#: By how much deviations are taken to be larger than they look.
+MARGIN = 1.2
 #: Reading more than this share of the rows in pieces is no faster than reading all of them in a row.
 WHOLE = 0.4
+#: Proofs of no more rows than that are not worth avoiding.
+CHEAP = 1024
 #: Share of the tolerance for clusters that are not looked at, and share that is left for rounding.
 UNSEEN, ROUNDING = 0.05, 0.05
-#: Share of a weighted sum that may be left out; counted as an error of the mean.
+#: Share of a weighted sum of centroids that may be left out; counted as an error of the mean.
 NEGLIGIBLE = 1e-5
-#: Samples with larger values have squares beyond float32; their result is NaN, like that of NaN.
-LARGEST = 1e15
-#: Rows that are summed in float32 before they are added in float64.
-FOLD = 2048
 #: Exponents beyond it are infinite for every purpose here.
 HUGE = 700.0
+#: What becomes of a cluster: nothing beyond its bounds, read, or left to the sample.
+BOUNDED, READ, SAMPLED = 0, 1, 2
+#: How a sample is answered: by proof, by a sample of rows, by reading everything.
+PROVEN, PROBABLE, EXACT = 0, 1, 2
+#: Clusters that are looked at together, and how often they are added up: as for rows in the other kernels.
+BLOCK, FOLD = 32, 32
 
 
-class Found(NamedTuple):
-    """A posterior at one sample, without the constant of the Gaussian; the rest as in ``Certified``."""
+@compiled
+def seen(t, point, alpha, few):
+    """Where a point lies as the leading directions see it from the (scaled) centre; ``few`` is filled.
 
-    mean: Array
-    log_evidence: float
-    evidence_error: float
-    mean_error: float
-    rows: int
-    proven: bool
+    Returns:
+        Its squared distance from there, and how much of that they miss.
+    """
+    away, own, along = (point - alpha * t.centre).astype(np.float32), 0.0, 0.0
+    for i in range(len(away)):
+        own += np.float64(away[i]) * away[i]
+    for k in range(len(few)):
+        few[k] = _dot(t.basis[k], away)
+        along += few[k] * few[k]
+    return own, max(own - along, 0.0)
 
 
-class Bounds(NamedTuple):
-    """Clusters that are looked at; evidences are relative to ``exp(top)``.
+@compiled
+def _dot(x, y):
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * y[i]
+    return total
+
+
+@compiled
+def screen(t, x, alpha, precision, share, kept):
+    """Clusters that cannot be left out, as far as the leading directions and the nearest points tell.
 
     Args:
-        clusters: Their numbers.
-        squared: Squared distance of the sample to the centroid.
-        lower: Of the evidence.
-        width: Upper minus lower bound.
-        drift: Bound of the distance of the cluster's posterior mean from its centroid.
-        norm: Of the centroid.
-        members: Rows.
-        top: Largest logarithm of a lower bound.
-        beyond: Bound of the evidence of all other clusters together.
+        share: Of the evidence, that may be left out.
+        kept: Is filled with their numbers, ``(M,)``.
+
+    Returns:
+        How many they are, and the logarithm of a bound of what the others add up to.
     """
-
-    clusters: NDArray[np.int64]
-    squared: Array
-    lower: Array
-    width: Array
-    drift: Array
-    norm: Array
-    members: NDArray[np.int64]
-    top: float
-    beyond: float
-
-
-def look(partition: Partition, x: Tensor, alpha: float, precision: float, tolerance: float) -> Found:
-    r"""The posterior at ``x (1, D)``, float32, under the kernel :math:`e^{-p \lVert x - \alpha y\rVert^2}`."""
-    if not bool((x.abs() < LARGEST).all()):
-        return Found(np.full(x.shape[1], math.nan), math.nan, math.nan, math.nan, 0, False)
-    query = Query(partition, x, alpha, precision)
-    bounds = query.bounds(tolerance * UNSEEN)
-    spare = tolerance * (1.0 - UNSEEN - ROUNDING)
-    worst = query.worst(bounds)
-    proof = _first(worst, bounds.members, spare * float(bounds.lower.sum()))
-    most = int(WHOLE * len(partition.rows))
-    if bounds.members[proof].sum() > max(len(bounds.clusters), 1024):
-        for part in (spare, spare / 2):
-            plan = query.plan(bounds, worst, part)
-            if plan.cost(bounds) >= min(bounds.members[proof].sum(), most):
-                break
-            found = query.result(bounds, plan.read, query.sample(bounds, plan))
-            if within(found, tolerance):
-                return found
-    found = query.result(bounds, proof) if bounds.members[proof].sum() < most else query.exact()
-    return found if within(found, tolerance) else query.exact()
+    number = len(t.log_mass)
+    few, upper, best = np.empty(t.seen.shape[1], np.float32), np.empty(number), 0
+    own, hidden = seen(t, x.reshape(-1), alpha, few)
+    for c in range(number):
+        gap = math.sqrt(hidden) - alpha * t.unseen[c]
+        squared = (own - hidden) + alpha * alpha * t.seen_squared[c] - 2 * alpha * _dot(t.seen[c], few) + gap * gap
+        squared -= 1e-5 * (own + alpha * alpha * t.norm[c] ** 2)  # float32 of the products
+        nearest = max(math.sqrt(max(squared, 0.0)) - alpha * t.radius[c], 0.0)
+        upper[c] = t.log_mass[c] - precision * nearest * nearest
+        if upper[c] > upper[best]:
+            best = c
+    squared = np.empty(1)
+    some_distances(x, np.float32(alpha), t.centroid, np.array([best]), squared)
+    least = t.log_mass[best] - precision * (squared[0] + alpha * alpha * t.spread[best])
+    threshold, count, beyond = least + math.log(share / number), 0, 0.0
+    for c in range(number):
+        if upper[c] >= threshold:
+            kept[count] = c
+            count += 1
+        elif upper[c] > least - HUGE:
+            beyond += math.exp(upper[c] - least)
+    return count, least + math.log(beyond) if beyond > 0.0 else -np.inf
 
 
-def within(found: Found, tolerance: float) -> bool:
-    """Whether both bounds are; if rounding or planning went wrong, they are not, and everything is read."""
-    return found.evidence_error <= tolerance and found.mean_error <= tolerance
-
-
-class Plan(NamedTuple):
-    """What is read and what is sampled.
+@compiled
+def leaning(slope, even, typical):
+    r"""What is expected of :math:`E_C[e^z - 1 - z] \ge 0`: :math:`\tfrac12 E[z^2]`, if no direction is special.
 
     Args:
-        read: Positions of clusters that are read.
-        tame: Clusters that are left to samples.
-        rows: How many rows each of these is sampled by; 0 where it was not drawn.
-        sure: How many rows are taken besides where it was, because they count for too much to be left to chance.
-        chance: With which probability it was drawn.
+        slope: :math:`2 p \alpha \lVert x - \alpha c\rVert`; ``even``, ``typical``: as of the cluster's table.
     """
-
-    read: NDArray[np.int64]
-    tame: NDArray[np.bool_]
-    rows: NDArray[np.int64]
-    sure: NDArray[np.int64]
-    chance: Array
-
-    def cost(self, bounds: Bounds) -> int:
-        """Rows that it takes."""
-        return int(self.rows.sum() + self.sure.sum() + bounds.members[self.read].sum())
+    return slope * slope * even / 2 if slope * typical <= TAME else 0.0
 
 
-class Sample(NamedTuple):
-    """What sampled rows say of their clusters, relative to ``exp(top)``.
+@compiled
+def survey(t, x, alpha, precision, kept, ends, first, last, squared, mean, top, total):
+    """The weighted sum of the centroids of clusters ``first`` to ``last``, and their squared distances.
 
     Args:
-        tame: Which clusters it speaks for.
-        rest: Estimate of the evidence above the lower bound.
-        error: Its standard error.
-        pull: Weight of the displacements from the centroid, so that weighted sums of rows stand for weighted means.
-        drift: Standard error of the displacements' weighted sum.
-        rows: The rows.
-        weights: Theirs.
+        kept, ends: Of sample ``b``, ``kept[ends[b] : ends[b + 1]]`` are looked at, in ascending order.
+        squared: Is filled, ``(batch, M)``.
+        mean: Sum, relative to ``exp(top)``, weighted by the guesses: is filled, ``(batch, chunks, width)``.
+        top, total: Of the guesses; are filled, ``(batch,)``.
     """
+    batch, number = len(x), len(t.log_mass)
+    size = max(4, min(BLOCK, (1 << 17) // (x.shape[1] * x.shape[2])))  # that many centroids stay in the cache
+    partial = np.zeros(x.shape, np.float32)
+    at = np.empty(batch, np.int64)
+    chosen, distance, weight = np.empty(BLOCK, np.int64), np.empty(BLOCK), np.empty(BLOCK)
+    some = np.empty(BLOCK, np.float32)
+    top[:], total[:], mean[:] = -np.inf, 0.0, 0.0
+    for b in range(batch):
+        at[b] = ends[b] + np.searchsorted(kept[ends[b] : ends[b + 1]], first)
+    for block, begin in enumerate(range(first, last, size)):
+        for b in range(batch):
+            count, highest = 0, -np.inf
+            while at[b] < ends[b + 1] and kept[at[b]] < min(begin + size, last):
+                chosen[count] = kept[at[b]]
+                count, at[b] = count + 1, at[b] + 1
+            if count == 0:
+                continue
+            some_distances(x[b], np.float32(alpha[b]), t.centroid, chosen[:count], distance)
+            for i in range(count):
+                c = chosen[i]
+                squared[b, c] = distance[i]
+                weight[i] = t.log_mass[c] - precision[b] * (distance[i] + alpha[b] * alpha[b] * t.spread[c])
+                highest = max(highest, weight[i])
+            if highest > top[b]:
+                shrink = math.exp(top[b] - highest)
+                mean[b] *= shrink
+                total[b] *= shrink
+                partial[b] *= np.float32(shrink)
+                top[b] = highest
+            used = 0
+            for i in range(count):
+                c, slope = chosen[i], 2 * precision[b] * alpha[b] * math.sqrt(distance[i])
+                share = math.exp(weight[i] - top[b]) * (1.0 + leaning(slope, t.even[c], t.typical[c]))
+                total[b] += share
+                if share * number > NEGLIGIBLE:
+                    chosen[used], some[used] = c, share
+                    used += 1
+            add_some(some[:used], t.centroid, chosen[:used], partial[b])
+        if (block + 1) % FOLD == 0 or begin + size >= last:
+            mean += partial
+            partial[:] = np.float32(0)
 
-    tame: NDArray[np.bool_]
-    rest: Array
-    error: Array
-    pull: Array
-    drift: Array
-    rows: NDArray[np.int64]
-    weights: Array
+
+@compiled
+def separate(t, kept, point, apart):
+    """Bounds of the distances of centroids from a point."""
+    few = np.empty(t.seen.shape[1], np.float32)
+    own, hidden = seen(t, point, 1.0, few)
+    for c in kept:
+        along = (own - hidden) + t.seen_squared[c] - 2 * _dot(t.seen[c], few) + 1e-5 * (own + t.norm[c] ** 2)
+        apart[c] = math.sqrt(max(along, 0.0) + (math.sqrt(hidden) + t.unseen[c]) ** 2)
 
 
-class Query:
-    """One sample before a partition."""
+@compiled
+def bound(t, kept, alpha, precision, squared, aside, lower, upper, drift):
+    """Bounds of what every cluster adds, relative to the largest lower bound or to what is aside.
 
-    def __init__(self, partition: Partition, x: Tensor, alpha: float, precision: float) -> None:
-        self.partition, self.table = partition, partition.table
-        self.x, self.alpha, self.precision = x, alpha, precision
-        self.chunks = fused.chunked(x)[0]
+    Args:
+        kept: The clusters that are looked at.
+        squared: Their squared distances from the sample, ``(M,)``, as everything below.
+        aside: Logarithm of the evidence of what is no part of the partition.
+        lower, upper: Of the evidence; are filled.
+        drift: Of the distance of a cluster's own mean from its centroid; is filled.
 
-    def screened(self, share: float) -> tuple[NDArray[np.int64], float]:
-        """Clusters that cannot be left out, as far as the leading directions and the nearest points tell; and the
-        logarithm of a bound of what the others add up to."""
-        t, a, p = self.table, self.alpha, self.precision
-        few = self.x[0] @ self.partition.basis
-        own = float(self.x.double().square().sum())
-        hidden = math.sqrt(max(0.0, own - float(few.double().square().sum())))
-        seen = t.seen_squared * a * a - 2 * a * (self.partition.seen @ few).double().numpy()
-        squared = seen + float(few.double().square().sum()) + (hidden - a * t.unseen) ** 2
-        squared -= 1e-5 * (own + a * a * t.norm**2)  # float32 of the products above
-        nearest = np.sqrt(np.maximum(squared, 0.0)) - a * t.radius
-        upper = t.log_mass - p * np.maximum(nearest, 0.0) ** 2
-        best = np.array([int(upper.argmax())])
-        least = float(t.log_mass[best[0]] - p * (self.distances(t.centroid, best)[0] + a * a * t.spread[best[0]]))
-        kept = upper >= least + math.log(share / len(upper))
-        rest = float(np.exp(upper[~kept] - least).sum())
-        return np.flatnonzero(kept), least + math.log(rest) if rest > 0.0 else -math.inf
+    Returns:
+        The logarithm of what they are relative to.
+    """
+    top = aside
+    for c in kept:
+        lower[c] = t.log_mass[c] - precision * (squared[c] + alpha * alpha * t.spread[c])
+        top = max(top, lower[c])
+    for c in kept:
+        log_lower, distance = lower[c] - top, math.sqrt(squared[c])
+        slope, widest = 2 * precision * alpha * distance, math.sqrt(t.widest[c])
+        uneven = precision * alpha * alpha
+        most = slope * t.radius[c] + uneven * t.spread[c]  # R
+        deviation = widest * slope + uneven * t.unevenness[c]  # s
+        gap = max(distance * (1 - 1e-6) - alpha * t.radius[c], 0.0)
+        nearest = t.log_mass[c] - precision * gap * gap - top
+        grown = math.exp(min(most, HUGE))
+        excess = (grown - 1.0 - most) / (most * most) if most > 1e-2 else 0.5 + most / 5
+        tilt = (grown - 1.0) / most if most > 1e-2 else 1 + most
+        lower[c] = math.exp(log_lower)
+        bennett = deviation * deviation * excess  # times the lower bound, above it
+        upper[c] = lower[c] * (1.0 + bennett) if most < HUGE else np.inf
+        if bennett > nearest - log_lower or not most < HUGE:  # else the nearest point cannot be closer
+            upper[c] = max(min(upper[c], math.exp(min(nearest, HUGE))), lower[c])
+        drift[c] = min(t.radius[c], widest * deviation * tilt) if most < HUGE else t.radius[c]
+    return top
 
-    def bounds(self, share: float) -> Bounds:
-        """Of the clusters that count; see the module's docstring."""
-        t, a, p = self.table, self.alpha, self.precision
-        clusters, log_beyond = self.screened(share)
-        squared = self.distances(t.centroid, clusters)
-        spread, radius, widest = t.spread[clusters], t.radius[clusters], t.widest[clusters]
-        log_lower = t.log_mass[clusters] - p * (squared + a * a * spread)
-        top = float(log_lower.max())
-        lower = np.exp(log_lower - top)
-        distance = np.sqrt(squared)
-        slope = 2 * p * a * distance
-        most = slope * radius + p * a * a * spread  # R
-        deviation = np.sqrt(widest) * slope + p * a * a * t.unevenness[clusters]  # s
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            bennett = deviation**2 * np.where(most < 1e-3, 0.5 + most / 5, (np.expm1(most) - most) / most**2)
-            gap = np.maximum(distance * (1 - 1e-6) - a * radius, 0.0)
-            log_upper = np.fmin(log_lower + np.log1p(bennett), t.log_mass[clusters] - p * gap**2)
-            tilt = np.where(most < 1e-3, 1 + most, np.expm1(most) / most)
-            drift = np.minimum(radius, np.sqrt(widest) * deviation * tilt)
-        width = np.maximum(np.exp(np.minimum(log_upper - top, HUGE)) - lower, 0.0)
-        return Bounds(
-            clusters=clusters,
-            squared=squared,
-            lower=lower,
-            width=width,
-            drift=np.where(np.isfinite(drift), drift, radius),
-            norm=t.norm[clusters],
-            members=t.count[clusters],
-            top=top,
-            beyond=math.exp(log_beyond - top),
+
+@compiled
+def choose(kept, worst, eligible, counts, tolerance, mark):
+    """Mark what is to be read: of the eligible clusters those that are worst per row, as many as it takes to leave no
+    more than the tolerance.
+
+    Returns:
+        How many rows these have, and what is left.
+    """
+    # Together, these are half of the tolerance at most; the others are few where reading is any good.
+    small, left, number = tolerance / (2 * len(kept)), 0.0, 0
+    large, ratio = np.empty(len(kept), np.int64), np.empty(len(kept))
+    for c in kept:
+        if eligible[c]:
+            if worst[c] <= small:
+                left += worst[c]
+            else:
+                large[number], ratio[number] = c, worst[c] / counts[c]
+                number += 1
+    # Positive numbers are in the order of their bits, so halving the range of bits is halving that of the exponent.
+    bits, low, high = ratio[:number].view(np.int64), np.int64(0), np.int64(0x7FF0000000000000)
+    while number and high - low > 1 << 42:  # to a thousandth
+        middle = low + (high - low) // 2
+        more = left
+        for i in range(number):
+            more += worst[large[i]] if bits[i] <= middle else 0.0
+        if more <= tolerance:
+            low = middle
+        else:
+            high = middle
+    rows = 0
+    for i in range(number):
+        if bits[i] <= low:
+            left += worst[large[i]]
+        else:
+            mark[large[i]] = READ
+            rows += counts[large[i]]
+    return rows, left
+
+
+@compiled
+def plan(t, kept, alpha, precision, state, aside, scale, tolerance, thrift, turn):
+    """What to read and what to sample, so that neither error exceeds the tolerance.
+
+    It goes by what samples should be like if clusters are what they look like, not by what they are: deciding by the
+    sample itself would leave the rows that came out low, and the sum with them.
+
+    Args:
+        kept: The clusters that are looked at.
+        state: A :class:`~steerclear.negation.look.State`; ``squared`` and ``apart`` are known, the rest is filled.
+        aside: Logarithm of the evidence of what is no part of the partition.
+        scale: Root mean square norm of the rows.
+        thrift: Share of the tolerance that a sample may use up; 0, if only a proof will do.
+        turn: By how much the lots are turned, so that every level draws others.
+
+    Returns:
+        How the sample is answered, and the logarithm that evidences are relative to.
+    """
+    squared, apart, guess, mark = state.squared, state.apart, state.guess, state.mark
+    lower, upper, drift = state.lower, state.upper, state.drift
+    top = bound(t, kept, alpha, precision, squared, aside, lower, upper, drift)
+    number = len(t.log_mass)
+    counts, worst = np.empty(number, np.int64), np.empty(number)
+    eligible, one = np.ones(number, np.bool_), np.empty(number)
+    total, at_stake, certain = math.exp(aside - top), 0.0, 0
+    for c in kept:
+        total += lower[c]
+    spare = tolerance * (1.0 - UNSEEN - ROUNDING) * total
+    for c in kept:
+        counts[c] = t.starts[c + 1] - t.starts[c]
+        slope = 2 * precision * alpha * math.sqrt(squared[c])
+        guess[c] = lower[c] * (1.0 + leaning(slope, t.even[c], t.typical[c]))
+        off = max(guess[c] - lower[c], upper[c] - guess[c])
+        worst[c] = max(off, (off * apart[c] + upper[c] * drift[c]) / scale)
+        certain += counts[c] if worst[c] > spare else 0
+        typical = slope * t.typical[c]
+        eligible[c] = typical > TAME or counts[c] <= t.sure[c]
+        rest = typical * typical / math.sqrt(2.0)
+        away = math.sqrt((rest * apart[c]) ** 2 + typical * typical * t.spread[c]) / scale
+        one[c] = 0.0 if eligible[c] else MARGIN * lower[c] * max(rest, away)
+        at_stake += one[c]
+        mark[c] = BOUNDED
+    cost, most = len(t.log_weights), int(WHOLE * len(t.log_weights))
+    if thrift > 0.0:
+        read, left = choose(kept, worst, eligible, counts, 0.2 * thrift * spare, mark)
+        cost = read + share_out(
+            t, kept, counts, eligible, one, at_stake, 0.95 * thrift * spare - left, SHARE * total, turn, state
         )
-
-    def worst(self, bounds: Bounds) -> Array:
-        """What every cluster may add to either error at most, if it is left to its bounds, with the norm of the
-        posterior mean that these suggest."""
-        norm = float((bounds.lower * bounds.norm).sum() / bounds.lower.sum())
-        return np.maximum(*self.errors(bounds, norm))
-
-    def plan(self, bounds: Bounds, worst: Array, tolerance: float) -> Plan:
-        """What to read and what to sample; a fifth of the tolerance is for what must be proven.
-
-        It goes by what samples should be like if clusters are what they look like, not by what they are:
-        deciding by the sample itself would leave the rows that came out low, and the sum with them.
-        """
-        total, proof, chance = float(bounds.lower.sum()), 0.2 * tolerance, 0.75 * tolerance
-        spread = self.table.spread[bounds.clusters]
-        typical = 2 * self.precision * self.alpha * np.sqrt(bounds.squared) * self.table.typical[bounds.clusters]
-        sure = self.table.sure[bounds.clusters]
-        others = bounds.members - sure
-        tame = (typical <= TAME) & (others > 0)
-        read = _first(np.where(tame, 0.0, worst), bounds.members, proof * total)
-        expected = bounds.lower * typical * np.maximum(1.2 * typical, np.sqrt(spread) / self.partition.scale)
-        expected = np.where(tame, expected, 0.0)
-        # The fewest rows for a given error: as many of each cluster as its share of what is expected, and of clusters
-        # whose share is less than a row, some, drawn by lot.
-        fewest = expected * expected.sum() * (DEVIATIONS / (chance * total)) ** 2
-        fewest *= max(1.0, MANY / max(fewest.sum(), 1e-300))
-        fewest = np.maximum(fewest, np.where(tame & (bounds.lower > SHARE * total), MANY, 0))
-        drawn = self.table.lot[bounds.clusters] < fewest
-        rows = np.where(drawn, np.minimum(np.ceil(fewest), others), 0).astype(np.int64)
-        whole = tame & (rows == others) & (fewest >= 1.0)
-        rows = np.where(whole, 0, rows)
-        return Plan(
-            read=np.union1d(read, np.flatnonzero(whole)),
-            tame=tame & ~whole,
-            rows=rows,
-            sure=np.where(rows > 0, sure, 0),
-            chance=np.minimum(fewest, 1.0),
-        )
-
-    def errors(self, bounds: Bounds, norm: float) -> tuple[Array, Array]:
-        """What every cluster may add to the errors of the evidence and, in units of the scale, of the mean, if it is
-        left to its bounds and the posterior mean has that norm."""
-        half = bounds.width / 2
-        away = half * (bounds.norm + norm) + (bounds.lower + bounds.width) * bounds.drift
-        return half, away / self.partition.scale
-
-    def sample(self, bounds: Bounds, plan: Plan) -> Sample:
-        """Read some rows of some clusters."""
-        t, a, p = self.table, self.alpha, self.precision
-        picked = np.flatnonzero(plan.rows)
-        taken = plan.sure[picked] + plan.rows[picked]
-        owner = np.repeat(picked, taken)
-        place = np.arange(len(owner)) - np.repeat(np.cumsum(taken) - taken, taken)
-        rows = t.starts[bounds.clusters[owner]] + place
-        squared = self.distances(t.rows, rows)
-        z = np.minimum(p * (bounds.squared[owner] - squared + a * a * t.spread[bounds.clusters[owner]]), HUGE)
-        # Those that are not sure are drawn evenly: each stands for as many rows as there are to each one drawn.
-        even = place >= plan.sure[owner]
-        others = (bounds.members - plan.sure)[owner]
-        each = bounds.lower[owner] * np.exp(t.log_weights[rows] - t.log_mass[bounds.clusters[owner]])
-        each *= np.where(even, others / plan.rows[owner], 1.0) / plan.chance[owner]
-        rest, pull = each * np.maximum(np.expm1(z) - z, 0.0), each * np.expm1(z)
-        # Of a finite cluster that was sure to be drawn, less is left to chance.
-        kept = np.where(even, 1.0 - plan.rows[owner] / others, 0.0)
-
-        def summed(values: Array) -> Array:
-            return np.bincount(owner, values, len(bounds.clusters)).astype(np.float64)
-
-        def uncertain(values: Array) -> Array:
-            return np.where(plan.chance < 1.0, summed(values), np.sqrt(summed(kept * values**2)))
-
-        return Sample(
-            tame=plan.tame,
-            rest=summed(rest),
-            error=uncertain(rest),
-            pull=summed(pull),
-            drift=uncertain(np.abs(pull) * t.offset[rows]),
-            rows=rows,
-            weights=pull,
-        )
-
-    def result(self, bounds: Bounds, read: NDArray[np.int64], sample: Sample | None = None) -> Found:
-        """Read those clusters, and take the others from the sample or, where it says nothing, from their bounds."""
-        t, scale = self.table, self.partition.scale
-        left = np.ones(len(bounds.clusters), bool)
-        left[read] = False
-        found, log_read = self.scan(np.sort(bounds.clusters[read]))
-        top = max(bounds.top, log_read)
-        own, unit = math.exp(log_read - top), math.exp(bounds.top - top)  # all but what was read is in units of that
-        guess, pull = np.where(left, bounds.lower + bounds.width / 2, 0.0), np.zeros(len(left))
-        if sample is not None:
-            guess, pull = np.where(sample.tame, bounds.lower + sample.rest, guess), sample.pull
-        total = own + unit * float(guess.sum())
-        mean = self.weighted(t.centroid, guess - pull, bounds.clusters)
-        summed = float(np.abs(guess - pull).sum())
-        if sample is not None:
-            mean += self.weighted(t.rows, sample.weights, sample.rows)
-            summed += float(np.abs(sample.weights).sum())
-        mean = (own * found + unit * mean) / total
-        norm = float(np.linalg.norm(mean))
-        bounded = left if sample is None else left & ~sample.tame
-        error, away = (float(each[bounded].sum()) for each in self.errors(bounds, norm))
-        error, away = error + bounds.beyond, away + bounds.beyond * (t.furthest + norm) / scale
-        if sample is not None:
-            error += DEVIATIONS * math.sqrt(float((sample.error**2).sum()))
-            moved = (sample.error * (bounds.norm + norm)) ** 2 + sample.drift**2
-            away += DEVIATIONS * math.sqrt(float(moved.sum())) / scale
-        away += NEGLIGIBLE * summed * t.furthest / scale
-        least = total - error * unit  # what the evidence is at the least
-        return Found(
-            mean=mean,
-            log_evidence=top + math.log(total),
-            evidence_error=math.log(total / least) if least > 0.0 else math.inf,
-            mean_error=away * unit / least if least > 0.0 else math.inf,
-            rows=int(bounds.members[read].sum()) + (0 if sample is None else len(sample.rows)),
-            proven=sample is None,
-        )
-
-    def exact(self) -> Found:
-        """Read everything."""
-        mean, log_evidence = self._scan(None)
-        return Found(mean, log_evidence, 0.0, 0.0, len(self.partition.rows), True)
-
-    def scan(self, clusters: NDArray[np.int64]) -> tuple[Array, float]:
-        """Mean and log-evidence of the rows of some clusters."""
-        if not len(clusters):
-            return np.zeros(self.x.shape[1]), -math.inf
-        starts = self.table.starts
-        return self._scan(list(zip(starts[clusters].tolist(), starts[clusters + 1].tolist(), strict=True)))
-
-    def _scan(self, ranges: list[tuple[int, int]] | None) -> tuple[Array, float]:
-        alpha, precision = torch.tensor([self.alpha]), torch.tensor([self.precision], dtype=torch.float64)
-        p = self.partition
-        mean, total = fused.scan(self.x, p.rows, alpha, precision, p.log_weights, ranges)
-        return mean[0].numpy(), float(total[0])
-
-    def distances(self, of: Any, which: NDArray[np.int64]) -> Array:  # noqa: ANN401
-        """Squared, to some rows of a chunked array."""
-        if not len(which):
-            return np.zeros(0)
-        x, alpha = self.chunks, np.float32(self.alpha)
-
-        def part(begin: int, end: int) -> Array:
-            out = np.empty(end - begin)
-            kernels.some_distances(x, alpha, of, which[begin:end], out)
-            return out
-
-        return np.concatenate(fused.shared(part, len(which), x.size))
-
-    def weighted(self, of: Any, weights: Array, which: NDArray[np.int64]) -> Array:  # noqa: ANN401
-        """``weights @ of[which]``, flat."""
-        sizes = np.abs(weights)
-        used = np.flatnonzero(sizes * len(sizes) > NEGLIGIBLE * sizes.sum())
-        rows, values = which[used], weights[used].astype(np.float32)
-        x = self.chunks
-
-        def part(begin: int, end: int) -> Array:
-            total = np.zeros(x.shape)
-            for first in range(begin, end, FOLD):  # in float32 no longer than that
-                out, last = np.zeros_like(x), min(first + FOLD, end)
-                kernels.add_some(values[first:last], of, rows[first:last], out)
-                total += out
-            return total.ravel()
-
-        return np.sum(fused.shared(part, len(used), x.size), axis=0) if len(used) else np.zeros(x.size)
+        if max(CHEAP, len(kept), cost) < certain and cost < most:  # the proof must read more than that
+            return PROBABLE, top
+    proof = np.zeros(number, np.uint8)
+    eligible[:] = True
+    read, _ = choose(kept, worst, eligible, counts, spare, proof)
+    if max(CHEAP, len(kept), cost) < read and cost < most:
+        return PROBABLE, top
+    for c in kept:
+        mark[c] = proof[c]
+    return PROVEN if read < most else EXACT, top
 
 
-def _first(worst: Array, members: NDArray[np.int64], tolerance: float) -> NDArray[np.int64]:
-    """Positions of what is worst per row, as many as it takes to leave no more than the tolerance."""
-    small = worst * (2 * len(worst)) <= tolerance  # all of these together are half of it at most
-    large = np.flatnonzero(~small)
-    order = large[np.argsort(-worst[large] / members[large], kind="stable")]
-    with np.errstate(over="ignore"):
-        left = np.cumsum(worst[order][::-1])[::-1] + worst[small].sum()  # of this one and all after it
-    return order[: int((left > tolerance).sum())]
+@compiled
+def share_out(t, kept, counts, eligible, one, at_stake, allowed, heavy, turn, state):
+    """How many rows each cluster that a sample may speak for is sampled by; returns how many they are together.
+
+    The fewest rows for a given error: as many of each cluster as its share of what is at stake, and of clusters whose
+    share is less than a group, a group of some, drawn by lot.
+    """
+    rate = at_stake * (DEVIATIONS / allowed) ** 2 if allowed > 0.0 else np.inf
+    if rate * at_stake < MANY:
+        rate = MANY / at_stake if at_stake > 0.0 else 0.0
+    cost = 0
+    for c in kept:
+        if eligible[c]:
+            continue
+        others = counts[c] - t.sure[c]
+        fewest, size = max(one[c] * rate, MANY if state.lower[c] > heavy else 0.0), min(GROUP, others)
+        state.mark[c], state.chance[c] = SAMPLED, min(fewest / size, 1.0)
+        lot = t.lot[c] + turn
+        # What is drawn of few leaves less to chance.
+        among = math.ceil(fewest * others / (fewest + others))
+        if among >= NEARLY * others:
+            state.mark[c] = READ
+            cost += counts[c]
+            continue
+        state.drawn[c] = max(size, among) if lot - math.floor(lot) < state.chance[c] else 0
+        cost += state.drawn[c] + t.sure[c] if state.drawn[c] else 0
+    return cost
+
+
+@compiled
+def listed(kept, state):
+    """The clusters of one sample of which rows are read."""
+    found, count = np.empty(len(kept), np.int64), 0
+    for c in kept:
+        if state.mark[c] == READ or (state.mark[c] == SAMPLED and state.drawn[c] > 0):
+            found[count] = c
+            count += 1
+    return found[:count]
+
+
+@compiled
+def judge(t, kept, state, top, log_beyond, log_total, moved, away, furthest, scale):
+    """Errors, once everything that was to be read has been.
+
+    Args:
+        top: Logarithm of what evidences are relative to; ``log_beyond``: of a bound of what was not looked at;
+            ``log_total``: of the evidence.
+        moved: Distance of the mean from the one that ``apart`` was taken from; ``away``: from the centre.
+        furthest: Largest distance of a row from the centre.
+
+    Returns:
+        How many rows were read, and the errors of the log-evidence and of the mean.
+    """
+    unit, rows = math.exp(top - log_total), 0
+    error = math.exp(log_beyond - log_total)
+    off_mean = error * (furthest + away) + 2 * NEGLIGIBLE * furthest
+    chance, chance_mean = 0.0, 0.0
+    for c in kept:
+        distance = state.apart[c] + moved
+        if state.mark[c] == READ:
+            rows += t.starts[c + 1] - t.starts[c]
+        elif state.mark[c] == BOUNDED:
+            off = unit * max(state.guess[c] - state.lower[c], state.upper[c] - state.guess[c])
+            error += off
+            off_mean += off * distance + unit * state.upper[c] * state.drift[c]
+        elif state.drawn[c]:
+            rows += t.sure[c] + state.drawn[c]
+            chance += state.error[c]
+            chance_mean += state.error[c] * distance * distance + state.pull[c]
+    error += DEVIATIONS * unit * math.sqrt(chance)
+    off_mean += DEVIATIONS * unit * math.sqrt(chance_mean)
+    if not error < 1.0:
+        return rows, np.inf, np.inf
+    return rows, -math.log1p(-error), off_mean / ((1.0 - error) * scale)

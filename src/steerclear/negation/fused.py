@@ -16,7 +16,7 @@ Threads share nothing: each has a range of rows, and their results are merged by
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -46,14 +46,7 @@ def fits(x: Tensor, points: Tensor) -> bool:
     )
 
 
-def scan(
-    x: Tensor,
-    points: Tensor,
-    alpha: Tensor,
-    precision: Tensor,
-    log_weights: Tensor,
-    ranges: Sequence[tuple[int, int]] | None = None,
-) -> tuple[Tensor, Tensor]:
+def scan(x: Tensor, points: Tensor, alpha: Tensor, precision: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     r"""Mean and log-sum-exp of :math:`\ell_{bn} = \log w_n - \text{precision}_b \lVert x_b - \alpha_b y_n\rVert^2`.
 
     Args:
@@ -62,7 +55,6 @@ def scan(
         alpha: ``(batch,)``.
         precision: ``(batch,)``.
         log_weights: ``(n,)``; ``-inf`` for a row that does not count.
-        ranges: First rows and ends of what is read; everything, if left out.
 
     Returns:
         ``(batch, D)`` and ``(batch,)``, both float64.
@@ -70,19 +62,48 @@ def scan(
     samples, rows = chunked(x), chunked(points)
     a, p = alpha.float().numpy(), precision.double().contiguous().numpy()
     log_w = log_weights.double().contiguous().numpy()
-    blocks = np.concatenate([_blocks(*ends) for ends in ranges or [(0, len(rows))]])
+    starts = np.arange(0, len(rows), kernels.ROWS)
+    blocks = np.stack([starts, np.minimum(len(rows) - starts, kernels.ROWS)], 1)
+    mean, total = _scanned(kernels.scan, samples, a, p, rows, log_w, blocks, len(samples))
+    return torch.from_numpy(mean), torch.from_numpy(total)
 
+
+def scan_some(samples: Any, rows: Any, alpha: Any, precision: Any, log_weights: Any, blocks: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    """The same of chunked arrays, where every sample has rows of its own: ``blocks (m, 3)`` as :func:`blocks` makes
+    them. A sample without any gets a mean of 0 and a log-sum-exp of ``-inf``."""
+    if not len(blocks):
+        return np.zeros((len(samples), samples[0].size)), np.full(len(samples), -math.inf)
+    mean, total = _scanned(kernels.scan_some, samples, alpha, precision, rows, log_weights, blocks, 1)
+    return np.where((total == -math.inf)[:, None], 0.0, mean), total
+
+
+def blocks(begin: Any, end: Any, sample: Any) -> Any:  # noqa: ANN401
+    """Ranges of rows cut into blocks: first row, number of rows, sample."""
+    counts = -(-(end - begin) // kernels.ROWS)
+    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = np.repeat(begin, counts) + place * kernels.ROWS
+    return np.stack([start, np.minimum(np.repeat(end, counts) - start, kernels.ROWS), np.repeat(sample, counts)], 1)
+
+
+def _scanned(kernel: Any, samples: Any, a: Any, p: Any, rows: Any, log_w: Any, blocks: Any, each: int) -> Any:  # noqa: ANN401
     def part(begin: int, end: int) -> tuple[Any, Any, Any]:
         mean, top, total = np.empty(samples.shape), np.empty(len(samples)), np.empty(len(samples))
-        kernels.scan(samples, a, p, rows, log_w, blocks[begin:end], mean, top, total)
-        return mean.reshape(len(samples), -1), top, total
+        kernel(samples, a, p, rows, log_w, blocks[begin:end], mean, top, total)
+        return mean, top, total
 
-    found = shared(part, len(blocks), x.numel() * kernels.ROWS)
-    means, tops, totals = (torch.from_numpy(np.stack(each)) for each in zip(*found, strict=True))
-    shares = totals.log() + tops
-    result = shares.logsumexp(0)
-    shrink = (tops - result).exp()
-    return (means * shrink[..., None]).sum(0), result
+    return merged(shared(part, len(blocks), each * samples[0].size * kernels.ROWS))
+
+
+def merged(found: list[tuple[Any, Any, Any]]) -> tuple[Any, Any]:
+    """Of several threads, weighted sums ``(batch, chunks, width)`` relative to ``exp(top)`` and sums of the weights, as
+    one mean ``(batch, D)`` and the logarithm of all weights; NaN and ``-inf`` where there are none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.stack([np.log(total) + top for _, top, total in found])
+        together = np.logaddexp.reduce(logs, 0)
+        shrink = [np.where(total == 0.0, 0.0, np.exp(top - together)) for _, top, total in found]
+        shrink = [np.where(together == -math.inf, math.nan, by) for by in shrink]
+    means = [mean.reshape(len(mean), -1) * by[:, None] for (mean, _, _), by in zip(found, shrink, strict=True)]
+    return sum(means[1:], means[0]), together
 
 
 def squared_distances(x: Tensor, points: Tensor, alpha: Tensor) -> Tensor:
@@ -98,11 +119,6 @@ def squared_distances(x: Tensor, points: Tensor, alpha: Tensor) -> Tensor:
     return torch.from_numpy(np.concatenate(found, 1))
 
 
-def _blocks(begin: int, end: int) -> Any:  # noqa: ANN401
-    starts = np.arange(begin, end, kernels.ROWS)
-    return np.stack([starts, np.minimum(end - starts, kernels.ROWS)], 1)
-
-
 def chunked(flat: Tensor) -> Any:  # noqa: ANN401
     """``(n, D)`` as the array ``(n, D / width, width)`` that the kernels take; halves as their bits."""
     width = math.gcd(flat.shape[1], CHUNK)
@@ -111,16 +127,23 @@ def chunked(flat: Tensor) -> Any:  # noqa: ANN401
     return array.reshape(len(array), -1, width)
 
 
+def threads(cost: int) -> int:
+    """How many threads that many products are worth."""
+    return max(1, min(torch.get_num_threads(), cost // SHARE))
+
+
 def shared(part: Callable[[int, int], Any], count: int, cost: int) -> list[Any]:
     """``part`` of equal ranges of ``count`` things of ``cost`` products each, one range per thread that is worth it."""
-    threads = max(1, min(torch.get_num_threads(), count * cost // SHARE))
-    step = -(-count // threads)
-    ranges = [(begin, min(begin + step, count)) for begin in range(0, count, step)]
-    if len(ranges) == 1:
-        return [part(*ranges[0])]
-    return list(_pool(threads).map(lambda ends: part(*ends), ranges))
+    step = -(-count // threads(count * cost))
+    return run([partial(part, begin, min(begin + step, count)) for begin in range(0, count, step)])
+
+
+def run(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """All of them at the same time, the first in this thread."""
+    others = [_pool(len(jobs)).submit(job) for job in jobs[1:]]
+    return [jobs[0](), *(other.result() for other in others)]
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "steerclear-scan")
+def _pool(jobs: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(jobs, "steerclear-scan")

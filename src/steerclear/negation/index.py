@@ -2,6 +2,7 @@ r"""The posterior of a big set without reading all of it, within a tolerance tha
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from steerclear.noise import NoiseLevel
 
 if TYPE_CHECKING:
     from steerclear.denoise import DenoiseState
+    from steerclear.negation.look import Aside
 
 
 class Certified(NamedTuple):
@@ -119,40 +121,43 @@ class IndexedSet:
                 f"expected samples of shape (batch, {', '.join(map(str, self.space.shape))}), got {tuple(x_t.shape)}; "
                 "encode the pictures again for this pipeline at this size: NegationSet.encode(images, pipe)"
             )
-        from steerclear.negation.bounds import look  # it needs Numba
+        from steerclear.negation.look import look  # it needs Numba
 
         host = x_t.detach().cpu()
         x, alpha, precision, constant = scaled(host, level)
-        narrow = x.float()
-        found = [
-            look(self.partition, narrow[b : b + 1], float(alpha[b]), float(precision[b]), self.tolerance)
-            for b in range(len(narrow))
-        ]
-        # Of the rows that were cut, some may have gone.
-        constant = constant + self.partition.log_alive
-        evidence = torch.tensor([each.log_evidence for each in found], dtype=torch.float64) - constant
-        mean = torch.stack([torch.from_numpy(each.mean) for each in found]) if found else x
-        numbers = (torch.tensor([each[i] for each in found], device=x_t.device) for i in range(2, 6))
-        own = Certified(Posterior(mean.reshape(host.shape), evidence), *numbers)
-        whole = own if self.fresh is None else self._with_fresh(own, host, level, *self.fresh)
+        found = look(
+            self.partition, x.float(), alpha.squeeze(1).numpy(), precision.squeeze(1).numpy(), self.tolerance,
+            self._aside(host, level, constant),
+        )  # fmt: skip
         work = torch.float64 if x_t.dtype == torch.float64 else torch.float32
-        mean, evidence = whole.posterior
-        return whole._replace(posterior=Posterior(mean.to(x_t.device, work), evidence.to(x_t.device)))
+        mean, evidence, *rest = (torch.from_numpy(each).to(x_t.device) for each in found)
+        evidence = evidence - (constant + self._log_all).to(x_t.device)
+        return Certified(Posterior(mean.reshape(x_t.shape).to(work), evidence), *rest)
 
-    def _with_fresh(self, own: Certified, x_t: Tensor, level: NoiseLevel, points: Tensor, weights: Tensor) -> Certified:
-        """Two mixtures make one, by the weights that they have."""
+    @cached_property
+    def _log_all(self) -> float:
+        """Logarithm of all weights that are there, in units of what the partition was cut from."""
+        if self.fresh is None:
+            return self.partition.log_alive
+        return math.log(math.exp(self.partition.log_alive) + float(self.fresh[1].double().sum()) / self._cut)
+
+    @property
+    def _cut(self) -> float:
+        return math.exp(self.partition.log_total)
+
+    def _aside(self, x_t: Tensor, level: NoiseLevel, constant: Tensor) -> "Aside | None":
+        """The fresh items, read."""
+        if self.fresh is None:
+            return None
+        from steerclear.negation.look import Aside
+
+        points, weights = self.fresh
         mean, evidence = posterior(x_t, points, weights, level)
-        cut, fresh = math.exp(self.partition.log_alive + self.partition.log_total), float(weights.double().sum())
-        sizes = torch.tensor([cut, fresh], dtype=torch.float64).log() - math.log(cut + fresh)
-        parts = torch.stack([own.posterior.log_evidence, evidence]) + sizes[:, None]
-        together = parts.logsumexp(0)
-        share = (parts - together).exp()
-        first, second = (part.reshape(-1, *[1] * (x_t.ndim - 1)) for part in share)
-        apart = (own.posterior.mean - mean).flatten(1).norm(dim=1) / self.partition.scale
-        return Certified(
-            Posterior(first * own.posterior.mean + second * mean, together),
-            own.evidence_error,
-            own.mean_error + own.evidence_error.expm1() * share.prod(0) * apart,
-            own.rows + len(points),
-            own.proven,
+        share = weights.double() / self._cut
+        energy = float(share @ points.flatten(1).double().square().sum(1))
+        own, both = math.exp(self.partition.log_alive), math.exp(self._log_all)
+        return Aside(
+            mean=mean.flatten(1).double().numpy(),
+            log_evidence=(evidence + constant + share.sum().log()).numpy(),
+            scale=math.sqrt((own * self.partition.scale**2 + energy) / both),
         )

@@ -19,7 +19,7 @@ ROWS = 32
 FOLD = 1024 // ROWS  # blocks of rows: 1024 equal summands in float32 are wrong by 1e-5 at the most
 SPARE = 45.0
 #: Reassociation and contraction are wanted, assumptions about NaN and infinity are not: both must come through.
-_compiled = njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
+compiled = njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
 
 
 @intrinsic
@@ -38,7 +38,7 @@ def _widen(context, value):
     return types.float32(value), generate
 
 
-@_compiled
+@compiled
 def _one_by_four(x, a, y0, y1, y2, y3):
     """Squared distances of one chunk of a sample to four rows."""
     zero = np.float32(0)
@@ -56,7 +56,7 @@ def _one_by_four(x, a, y0, y1, y2, y3):
     return s0, s1, s2, s3
 
 
-@_compiled
+@compiled
 def _four_by_two(x0, x1, x2, x3, a0, a1, a2, a3, y, z):
     """Squared distances of one chunk of four samples to two rows, each of which is widened once."""
     zero = np.float32(0)
@@ -82,7 +82,7 @@ def _four_by_two(x0, x1, x2, x3, a0, a1, a2, a3, y, z):
     return s0, s1, s2, s3, r0, r1, r2, r3
 
 
-@_compiled
+@compiled
 def distances(x, alpha, y, out):
     """``out (batch, n)`` of ``x (batch, chunks, width)`` and ``y (n, chunks, width)``; ends are met by repetition."""
     batch, chunks, last, end = x.shape[0], x.shape[1], y.shape[0] - 1, x.shape[0] - 1
@@ -112,13 +112,13 @@ def distances(x, alpha, y, out):
             out[h, r], out[g, r], out[f, r], out[b, r] = d3, d2, d1, d0
 
 
-@_compiled
+@compiled
 def _add_four(total, y0, y1, y2, y3, w0, w1, w2, w3):
     for i in range(total.size):
         total[i] += w0 * _widen(y0[i]) + w1 * _widen(y1[i]) + w2 * _widen(y2[i]) + w3 * _widen(y3[i])
 
 
-@_compiled
+@compiled
 def _add_rows(weights, y, total):
     """``total (batch, chunks, width) += weights (batch, ROWS) @ y``; weights beyond the last row are 0."""
     last = y.shape[0] - 1
@@ -131,7 +131,7 @@ def _add_rows(weights, y, total):
                     _add_four(total[b, k], y[r, k], y[p, k], y[q, k], y[s, k], w[r], w[r + 1], w[r + 2], w[r + 3])
 
 
-@_compiled
+@compiled
 def some_distances(x, alpha, y, rows, out):
     """``out (k,)`` of one sample ``x (chunks, width)`` to the ``k`` rows of ``y`` that ``rows`` names."""
     last = rows.size - 1
@@ -144,7 +144,7 @@ def some_distances(x, alpha, y, rows, out):
         out[s], out[q], out[p], out[r] = d3, d2, d1, d0
 
 
-@_compiled
+@compiled
 def add_some(weights, y, rows, total):
     """``total (chunks, width) += weights (k,) @ y[rows]``."""
     last = rows.size - 1
@@ -156,50 +156,77 @@ def add_some(weights, y, rows, total):
             _add_four(total[k], y[rows[r], k], y[rows[p], k], y[rows[q], k], y[rows[s], k], w0, w1, w2, w3)
 
 
-@_compiled
+@compiled
+def _absorb(x, alpha, precision, rows, log_weights, squared, weights, partial, mean, top, total):
+    """Take in at most :data:`ROWS` rows: see :func:`scan`."""
+    batch, count = len(x), len(rows)
+    distances(x, alpha, rows, squared[:, :count])
+    matters = False
+    for b in range(batch):
+        highest = -np.inf
+        for r in range(count):
+            squared[b, r] = log_weights[r] - precision[b] * squared[b, r]
+            highest = max(highest, squared[b, r])
+        if highest > top[b]:
+            shrink = math.exp(top[b] - highest)
+            total[b] *= shrink
+            for k in range(x.shape[1]):
+                for i in range(x.shape[2]):
+                    mean[b, k, i] *= shrink
+                    partial[b, k, i] *= np.float32(shrink)
+            top[b] = highest
+        for r in range(ROWS):
+            weight = 0.0
+            if r < count and squared[b, r] != -np.inf:
+                weight = math.exp(squared[b, r] - top[b])
+                total[b] += weight
+                if not weight >= math.exp(-SPARE):
+                    weight = weight if weight != weight else 0.0  # NaN is passed on
+            matters = matters or weight != 0.0
+            weights[b, r] = weight
+    if matters:
+        _add_rows(weights, rows, partial)
+
+
+@compiled
+def _fold(partial, mean):
+    for b in range(mean.shape[0]):
+        for k in range(mean.shape[1]):
+            for i in range(mean.shape[2]):
+                mean[b, k, i] += partial[b, k, i]
+                partial[b, k, i] = np.float32(0)
+
+
+@compiled
 def scan(x, alpha, precision, y, log_weights, blocks, mean, top, total):
     r"""One thread's share: :math:`\ell = \log w - \text{precision} \cdot d^2`, its maximum, normaliser and mean.
 
     ``blocks (m, 2)`` holds first row and number of rows, at most :data:`ROWS`, of what is read.
     """
-    batch = x.shape[0]
     partial = np.zeros(x.shape, np.float32)
-    squared = np.empty((batch, ROWS), np.float64)
-    weights = np.zeros((batch, ROWS), np.float32)
+    squared, weights = np.empty((len(x), ROWS), np.float64), np.zeros((len(x), ROWS), np.float32)
     top[:], total[:], mean[:] = -np.inf, 0.0, 0.0
     for block in range(len(blocks)):
         start, count = blocks[block, 0], blocks[block, 1]
-        rows = y[start : start + count]
-        distances(x, alpha, rows, squared[:, :count])
-        matters = False
-        for b in range(batch):
-            highest = -np.inf
-            for r in range(count):
-                squared[b, r] = log_weights[start + r] - precision[b] * squared[b, r]
-                highest = max(highest, squared[b, r])
-            if highest > top[b]:
-                shrink = math.exp(top[b] - highest)
-                total[b] *= shrink
-                for k in range(x.shape[1]):
-                    for i in range(x.shape[2]):
-                        mean[b, k, i] *= shrink
-                        partial[b, k, i] *= np.float32(shrink)
-                top[b] = highest
-            for r in range(ROWS):
-                weight = 0.0
-                if r < count and squared[b, r] != -np.inf:
-                    weight = math.exp(squared[b, r] - top[b])
-                    total[b] += weight
-                    if not weight >= math.exp(-SPARE):
-                        weight = weight if weight != weight else 0.0  # NaN is passed on
-                matters = matters or weight != 0.0
-                weights[b, r] = weight
-        if matters:
-            _add_rows(weights, rows, partial)
+        rows, log_w = y[start : start + count], log_weights[start : start + count]
+        _absorb(x, alpha, precision, rows, log_w, squared, weights, partial, mean, top, total)
         # Whether it mattered or not: other samples of the batch must not move the folds.
         if (block + 1) % FOLD == 0 or block + 1 == len(blocks):
-            for b in range(batch):
-                for k in range(x.shape[1]):
-                    for i in range(x.shape[2]):
-                        mean[b, k, i] += partial[b, k, i]
-                        partial[b, k, i] = np.float32(0)
+            _fold(partial, mean)
+
+
+@compiled
+def scan_some(x, alpha, precision, y, log_weights, blocks, mean, top, total):
+    """The same, where every sample has rows of its own: ``blocks (m, 3)`` holds which one besides, in order."""
+    partial = np.zeros(x.shape, np.float32)
+    squared, weights = np.empty((1, ROWS), np.float64), np.zeros((1, ROWS), np.float32)
+    top[:], total[:], mean[:] = -np.inf, 0.0, 0.0
+    for block in range(len(blocks)):
+        start, count, b = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+        rows, log_w, one = y[start : start + count], log_weights[start : start + count], slice(b, b + 1)
+        _absorb(
+            x[one], alpha[one], precision[one], rows, log_w, squared, weights, partial[one], mean[one], top[one],
+            total[one],
+        )  # fmt: skip
+        if (block + 1) % FOLD == 0 or block + 1 == len(blocks) or blocks[block + 1, 2] != b:
+            _fold(partial[one], mean[one])

@@ -1,7 +1,7 @@
 r"""A big set cut into clusters of near-duplicates, with what bounds need to know of each.
 
-Rows are put in the order of their clusters, so that a cluster is read in one go. Of cluster :math:`C` with weights
-:math:`w` and members :math:`y = c + u`, means over the weights:
+Rows are put in the order of their clusters (:mod:`steerclear.negation.clustering`), so that one is read in one go. Of
+cluster :math:`C` with weights :math:`w` and members :math:`y = c + u`, means over the weights:
 
 =============  ===============================================================================================
 ``centroid``   :math:`c`, so that :math:`E_C[u] = 0`
@@ -12,11 +12,8 @@ Rows are put in the order of their clusters, so that a cluster is read in one go
 ``unevenness`` :math:`\kappa`, the standard deviation of :math:`\lVert u\rVert^2`
 =============  ===============================================================================================
 
-Within a cluster come first the few rows that count for more than :data:`UNEVEN` average ones, by their weight or their
+Within a cluster come first the few rows that count for more than a few average ones, by their weight or their
 distance, then the others in random order: the first, and any number of those after them, are a sample of the cluster.
-
-Centres are chosen by leaders: a row that is further than ``reach`` from every centre so far becomes one. That bounds
-radii directly, needs one pass over a sample, and finds copies of one picture however unequal their numbers are.
 """
 
 import math
@@ -30,19 +27,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from steerclear.errors import InvalidInput
+from steerclear.negation.clustering import (
+    BLOCK,
+    Measured,
+    assign,
+    directions,
+    leaders,
+    like_noise,
+    measured,
+    split,
+)
 
 COMPONENTS = 64
 SAMPLE = 1 << 16
-BLOCK = 1 << 14
-PIECE = 1 << 10
-#: Beyond that many members and dimensions an eigenvalue costs too much: the trace bounds it, too.
-LARGEST = 2048
-#: Growth of the number of centres, when their reach shrinks by a half octave, that counts as none.
-FLAT = 1.02
 MOST = 1 << 14
-#: A row that counts for more than so many average ones of its cluster is in every sample of it: left to chance, it
-#: would be missing from most samples, and their standard errors would not know.
-UNEVEN = 4.0
 MOMENTS = ("centroid", "log_mass", "spread", "radius", "widest", "unevenness")
 
 
@@ -60,11 +58,12 @@ class Partition:
             the rows are in no order that a sample could be taken by.
         centroid: ``(M, D)``, float32.
         log_mass, spread, radius, widest, unevenness: ``(M,)``, float64.
+        centre: Where centroids are seen from, ``(D,)``.
         basis: Orthonormal directions of largest variance, ``(D, k)``.
-        seen: Centroids along them, ``(M, k)``.
-        unseen: Norm of what they miss of each centroid, ``(M,)``.
+        seen: Centroids from there, along these directions, ``(M, k)``.
+        unseen: Norm of what they miss of each, ``(M,)``.
         lot: Uniform in [0, 1), drawn once: which clusters a sample of few rows is taken from, ``(M,)``.
-        scale: Root mean square norm of the rows.
+        scale: Root mean square norm of the rows that have a weight.
         log_total: Logarithm of the sum of the weights that ``log_weights`` and ``log_mass`` are shares of.
     """
 
@@ -80,6 +79,7 @@ class Partition:
     radius: Tensor
     widest: Tensor
     unevenness: Tensor
+    centre: Tensor
     basis: Tensor
     seen: Tensor
     unseen: Tensor
@@ -119,27 +119,27 @@ class Partition:
         chosen = torch.randperm(n, generator=draw)[:SAMPLE].sort().values
         sample = rows[chosen].float()
         centre = sample.mean(0)
-        basis = _directions(sample - centre, min(COMPONENTS, n, rows.shape[1]))
+        basis = directions(sample - centre, min(COMPONENTS, n, rows.shape[1]))
         few = (sample - centre) @ basis
-        leaders = few[_leaders(few, n, reach, most, draw)]
-        owner = _assign(rows, centre, basis, leaders, progress)
+        chosen_few = few[leaders(few, n, reach, most, draw)]
+        owner = assign(rows, centre, basis, chosen_few, progress)
         used, owner = owner.unique(return_inverse=True)
         shuffled = torch.randperm(n, generator=draw)
         order = shuffled[owner[shuffled].argsort(stable=True)]
-        starts = torch.cat([torch.zeros(1, dtype=torch.long), owner.bincount(minlength=len(used)).cumsum(0)])
+        ends = owner.bincount(minlength=len(used)).cumsum(0).tolist()
         sorted_rows = _gathered(rows, order)
         log_weights = (weights.double() / weights.double().sum()).log()[order]
-        spans = tqdm(list(pairwise(starts.tolist())), desc="measure", unit="cluster", disable=not progress)
-        found = [_moments(sorted_rows[begin:end], log_weights[begin:end]) for begin, end in spans]
-        moments = {name: torch.stack([entries[name] for entries, _, _ in found]) for name in MOMENTS}
-        offset = torch.cat([away for _, away, _ in found])
-        sure = torch.stack([uneven.sum() for _, _, uneven in found])
-        for cluster in sure.nonzero().flatten().tolist():
-            span = slice(int(starts[cluster]), int(starts[cluster + 1]))
-            ahead = found[cluster][2].logical_not().argsort(stable=True)
-            for some in (sorted_rows, log_weights, offset, order):
-                some[span] = some[span][ahead]
-        norms = torch.cat([part.float().square().sum(1) for part in sorted_rows.split(BLOCK)])
+        found: list[Measured] = []
+        for begin, end in tqdm(list(pairwise([0, *ends])), desc="measure", unit="cluster", disable=not progress):
+            parts, ahead = split(sorted_rows[begin:end], log_weights[begin:end], most - len(ends) + 1)
+            most -= len(parts) - 1
+            found += parts
+            for some in (sorted_rows, log_weights, order):
+                some[begin:end] = some[begin:end][ahead]
+        moments = {name: torch.stack([each.entries[name] for each in found]) for name in MOMENTS}
+        offset = torch.cat([each.offset for each in found])
+        sure = torch.stack([each.uneven.sum() for each in found])
+        starts = torch.tensor([0, *(len(each.offset) for each in found)]).cumsum(0)
         return cls(
             rows=sorted_rows,
             log_weights=log_weights,
@@ -147,11 +147,12 @@ class Partition:
             order=order,
             starts=starts,
             sure=sure,
+            centre=centre,
             basis=basis,
-            **_projected(moments["centroid"], basis),
-            lot=torch.rand(len(used), generator=draw, dtype=torch.float64),
+            **_projected(moments["centroid"], centre, basis),
+            lot=torch.rand(len(found), generator=draw, dtype=torch.float64),
             log_total=math.log(float(weights.double().sum())),
-            scale=float((norms.double() * log_weights.exp()).sum().sqrt()),
+            scale=math.sqrt(_energy(sorted_rows, log_weights)),
             **moments,
         )
 
@@ -174,19 +175,27 @@ class Partition:
             left = log_weights[span] > -math.inf
             changed["log_mass"][cluster] = -math.inf  # unless something is left
             if bool(left.any()):
-                entries, away, uneven = _moments(self.rows[span][left], log_weights[span][left])
-                offset[span] = offset[span].masked_scatter(left, away)
-                if bool(torch.zeros_like(left).masked_scatter(left, uneven)[sure[cluster] :].any()):
+                found = measured(self.rows[span][left], log_weights[span][left])
+                offset[span] = offset[span].masked_scatter(left, found.offset)
+                if bool(torch.zeros_like(left).masked_scatter(left, found.uneven)[sure[cluster] :].any()):
                     sure[cluster] = len(left)  # now the random order has uneven rows in it
-                for name, value in entries.items():
+                for name, value in found.entries.items():
                     changed[name][cluster] = value
-        changed |= _projected(changed["centroid"], self.basis)
-        return replace(self, log_weights=log_weights, offset=offset, sure=sure, **changed)
+        changed |= _projected(changed["centroid"], self.centre, self.basis)
+        gone = _energy(self.rows[position], self.log_weights[position])
+        share = float(log_weights.logsumexp(0).exp())
+        scale = math.sqrt(max(0.0, self.scale**2 * math.exp(self.log_alive) - gone) / share) if share else self.scale
+        return replace(self, log_weights=log_weights, offset=offset, sure=sure, scale=scale, **changed)
 
     @cached_property
     def log_alive(self) -> float:
         """Logarithm of the share of the weights that is still there."""
         return float(self.log_mass.logsumexp(0))
+
+    @cached_property
+    def furthest(self) -> float:
+        """Largest distance of a row from the centre, or more."""
+        return float((self.centroid.double() - self.centre).norm(dim=1).add(self.radius).max())
 
     @cached_property
     def _position(self) -> Tensor:
@@ -199,124 +208,63 @@ class Partition:
 
 
 class Table(NamedTuple):
-    """A partition as the arrays that :mod:`steerclear.negation.bounds` computes with; ``(M,)`` unless said otherwise.
+    """A partition as the arrays that the kernels of :mod:`steerclear.negation.bounds` take; ``(M,)`` unless said
+    otherwise.
 
     Args:
-        rows, centroid: Cut into chunks for the kernels.
-        log_weights, offset: Of the rows.
+        centroid: Cut into chunks, ``(M, chunks, width)``.
+        log_weights, offset: Of the rows, ``(n,)``.
+        centre, seen: As of the partition, ``(D,)`` and ``(M, k)``; ``basis`` the other way round, ``(k, D)``.
         seen_squared: Squared norms of the centroids along the leading directions.
-        unseen, log_mass, spread, radius, widest, unevenness: As of the partition.
-        norm: Of the centroids.
-        typical: Standard deviation of the rows along a direction that has nothing to do with them: ``sqrt(v / D)``
-            where they look like noise around the centroid, ``sqrt(widest)`` where they do not.
-        lot, sure: As of the partition.
+        norm: Distance of the centroids from the centre.
+        unseen, log_mass, spread, radius, widest, unevenness, lot, sure: As of the partition.
+        even: Variance along a direction that has nothing to do with the rows, if none is special: ``v / D``.
+        typical: Standard deviation along such a direction, to plan by: the same where the rows look like noise around
+            the centroid, ``sqrt(widest)`` where they do not.
         starts: ``(M + 1,)``.
-        count: Rows of each.
-        furthest: The largest norm of any row.
     """
 
-    rows: Any
     centroid: Any
     log_weights: Any
     offset: Any
+    centre: Any
+    basis: Any
+    seen: Any
     seen_squared: Any
+    norm: Any
     unseen: Any
     log_mass: Any
     spread: Any
     radius: Any
     widest: Any
     unevenness: Any
-    norm: Any
+    even: Any
     typical: Any
     lot: Any
     sure: Any
     starts: Any
-    count: Any
-    furthest: float
 
     @classmethod
     def of(cls, cut: Partition) -> "Table":
         from steerclear.negation.fused import chunked  # it needs Numba, and cutting does not
 
-        norm = cut.centroid.double().norm(dim=1)
-        names = ("unseen", "log_mass", "spread", "radius", "widest", "unevenness")
+        seen_squared = cut.seen.double().square().sum(1)
+        names = ("unseen", "log_mass", "spread", "radius", "widest", "unevenness", "lot")
         return cls(
-            rows=chunked(cut.rows),
             centroid=chunked(cut.centroid),
             log_weights=cut.log_weights.numpy(),
             offset=cut.offset.numpy(),
-            seen_squared=cut.seen.double().square().sum(1).numpy(),
-            norm=norm.numpy(),
+            centre=cut.centre.numpy(),
+            basis=cut.basis.T.contiguous().numpy(),
+            seen=cut.seen.numpy(),
+            seen_squared=seen_squared.numpy(),
+            norm=(seen_squared + cut.unseen.square()).sqrt().numpy(),
+            even=(cut.spread / cut.centroid.shape[1]).numpy(),
             typical=_typical(cut).numpy(),
-            lot=cut.lot.numpy(),
             sure=cut.sure.numpy(),
             starts=cut.starts.numpy(),
-            count=cut.starts.diff().numpy(),
-            furthest=float((norm + cut.radius).max()),
             **{name: getattr(cut, name).double().numpy() for name in names},
         )
-
-
-def _directions(centred: Tensor, count: int) -> Tensor:
-    """Orthonormal directions of largest variance, ``(D, count)``."""
-    basis: Tensor = torch.svd_lowrank(centred, q=min(count + 8, *centred.shape), niter=2)[2]
-    return torch.linalg.qr(basis[:, :count])[0]
-
-
-def _leaders(few: Tensor, n: int, reach: float | None, most: int, draw: torch.Generator) -> Tensor:
-    """Rows of the sample that are centres: at most ``most``, none within ``reach`` of another.
-
-    Without a reach: where copies of works are apart from other works, the number of centres hardly depends on it over a
-    long stretch. That number is taken; if there is no such stretch, the smallest reach that keeps within ``8 sqrt(n)``.
-    """
-    order = torch.randperm(len(few), generator=draw)
-    few = few[order]
-    if reach is not None:
-        return order[_within(few, reach, len(few))]
-    widest = float((few - few.mean(0)).norm(dim=1).max()) * 2 + 1e-12
-    found: list[Tensor] = []
-    for halvings in range(24):
-        found.append(_within(few, widest * 2.0 ** (-halvings / 2), most + 1))
-        if len(found[-1]) > most:
-            found.pop()
-            break
-    flat = [k for k in range(1, len(found)) if len(found[k]) <= FLAT * len(found[k - 1]) and len(found[k]) > 1]
-    few_enough = [each for each in found if len(each) <= math.ceil(8 * math.sqrt(n))] or [torch.arange(1)]
-    return order[found[flat[-1]] if flat else few_enough[-1]]
-
-
-def _within(few: Tensor, reach: float, most: int) -> Tensor:
-    """Greedily, indices of rows that are further than ``reach`` from every one before; stops at ``most``."""
-    chosen: list[Tensor] = []
-    for start in range(0, len(few), 2048):
-        block = few[start : start + 2048]
-        fresh = torch.ones(len(block), dtype=torch.bool)
-        if chosen:
-            fresh = torch.cdist(block, few[torch.cat(chosen)]).amin(1) > reach
-        left = fresh.nonzero().flatten()
-        near = torch.cdist(block[left], block[left]) <= reach
-        taken: list[int] = []
-        covered = torch.zeros(len(left), dtype=torch.bool)
-        for i in range(len(left)):
-            if not covered[i]:
-                taken.append(i)
-                covered |= near[i]
-        chosen.append(start + left[taken])
-        if sum(map(len, chosen)) >= most:
-            break
-    return torch.cat(chosen)[:most]
-
-
-def _assign(rows: Tensor, centre: Tensor, basis: Tensor, leaders: Tensor, progress: bool) -> Tensor:
-    """The nearest leader of every row, as the leading directions see it."""
-    half = leaders.square().sum(1) / 2
-    owner: list[Tensor] = []
-    with tqdm(total=len(rows), desc="assign", unit="row", unit_scale=True, disable=not progress) as bar:
-        for part in rows.split(BLOCK):
-            few = (part.float() - centre) @ basis
-            owner.append((half - few @ leaders.T).argmin(1))
-            bar.update(len(part))
-    return torch.cat(owner)
 
 
 def _gathered(rows: Tensor, order: Tensor) -> Tensor:
@@ -325,47 +273,22 @@ def _gathered(rows: Tensor, order: Tensor) -> Tensor:
     return torch.cat([rows[part].to(dtype) for part in order.split(BLOCK)])
 
 
-def _moments(members: Tensor, log_weights: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """A cluster's entries of the table above, every row's distance from its centroid, and which rows are uneven."""
-    log_mass = log_weights.logsumexp(0)
-    share = (log_weights - log_mass).exp()
-    # A float32 sum of many like summands is wrong by far more than a float32 number: in float64, or piece by piece.
-    sums = (part @ some.double() for part, some in zip(share.split(PIECE), members.split(PIECE), strict=True))
-    centroid = sum(sums, start=torch.zeros(members.shape[1], dtype=torch.float64)).float()
-    u = members.float() - centroid
-    squared = torch.cat([some.double().square().sum(1) for some in u.split(PIECE)])
-    spread = (share * squared).sum()
-    scaled = u * share.sqrt().float()[:, None]
-    parts = [scaled.T] if len(u) <= u.shape[1] else scaled.split(PIECE)
-    gram = sum((some.T @ some for some in parts), start=u.new_zeros(()))
-    # The largest column sum bounds the largest eigenvalue, where finding it would take long.
-    widest = torch.linalg.eigvalsh(gram)[-1] if len(gram) <= LARGEST else gram.abs().sum(1).max()
-    entries = {
-        "centroid": centroid,
-        "log_mass": log_mass,
-        "spread": spread,
-        "radius": squared.max().sqrt(),
-        "widest": widest.double() * (1 + 1e-3),
-        "unevenness": (share * (squared - spread).square()).sum().sqrt(),
-    }
-    # Of what a row adds to sums over displacements, half goes by its distance and half by its weight alone.
-    part = share * (squared / spread.clamp_min(1e-300) + 1.0) / 2
-    return entries, squared.sqrt().float(), part * len(u) > UNEVEN
+def _energy(rows: Tensor, log_weights: Tensor) -> float:
+    """Weighted sum of squared norms."""
+    norms = torch.cat([part.float().square().sum(1) for part in rows.split(BLOCK)])
+    return float(norms.double() @ log_weights.exp())
 
 
 def _typical(cut: Partition) -> Tensor:
-    """See :class:`Table`. Noise of that spread, seen in ``n`` rows, has a largest eigenvalue of about ``v/D (1 +
-    sqrt(D / (n - 1)))^2``; works that share a cluster have a larger one, or more spread than other clusters."""
+    """See :class:`Table`; works that share a cluster vary along some direction, or more than other clusters do."""
     dim = cut.centroid.shape[1]
-    count = (cut.starts.diff() - 1).clamp_min(1)
-    even = cut.spread / dim
-    expected = even * (1 + (dim / count).sqrt()).square()
     usual = cut.spread[cut.spread > 0].median() if bool((cut.spread > 0).any()) else cut.spread.new_zeros(())
-    noise = (cut.widest <= 2 * expected) & (cut.spread <= 4 * usual)
-    return torch.where(noise, even, cut.widest).sqrt()
+    noise = like_noise(cut.widest, cut.spread, cut.starts.diff(), dim) & (cut.spread <= 4 * usual)
+    return torch.where(noise, cut.spread / dim, cut.widest).sqrt()
 
 
-def _projected(centroid: Tensor, basis: Tensor) -> dict[str, Tensor]:
-    seen = centroid @ basis
-    missed = centroid.double().square().sum(1) - seen.double().square().sum(1)
+def _projected(centroid: Tensor, centre: Tensor, basis: Tensor) -> dict[str, Tensor]:
+    away = centroid - centre
+    seen = away @ basis
+    missed = away.double().square().sum(1) - seen.double().square().sum(1)
     return {"seen": seen, "unseen": missed.clamp_min(0).sqrt()}
