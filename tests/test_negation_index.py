@@ -1,5 +1,6 @@
 """The index against the exact posterior in NumPy float64: within its own bounds, and those within the tolerance."""
 
+import importlib
 import math
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from steerclear.negation import IndexedSet, LiveIndex, NegationSet, NegationStor
 from steerclear.noise import NoiseLevel
 
 pytest.importorskip("numba", reason="needs Numba: pip install 'steerclear[fast]'")
+fused, look = (importlib.import_module(f"steerclear.negation.{name}") for name in ("fused", "look"))
 DIM = 256
 #: From nearly no noise to nearly nothing else; in between, where most of the work is.
 SIGMAS = (0.05, 0.3, 1.0, 2.0, 4.0, 8.0, 20.0, 60.0)
@@ -184,6 +186,79 @@ def test_every_row_is_in_one_cluster(rng):
         torch.testing.assert_close(centre.double(), members.mean(0), rtol=1e-5, atol=1e-5)
 
 
+def test_works_that_resemble_each_other_are_told_apart(rng):
+    """Closer to each other than a cluster is wide: found by the direction in which its rows vary more than noise."""
+    works = 3.0 * torch.randn(40, DIM, generator=rng)
+    works = torch.cat([works, works + 0.3 * torch.nn.functional.normalize(torch.randn(40, DIM, generator=rng))])
+    owner = torch.arange(80).repeat_interleave(60)
+    y = (works[owner] + 0.02 * torch.randn(4800, DIM, generator=rng)).bfloat16()
+    cut = make(y, reach=5.0, clusters=400).partition
+    assert len(cut) == 80
+    for begin, end in zip(cut.starts[:-1], cut.starts[1:], strict=True):
+        assert len(owner[cut.order[begin:end]].unique()) == 1
+
+
+def test_cutting_leaves_the_generators_of_the_caller_alone(rng):
+    y, before = copies(rng, works=20, each=5), torch.get_rng_state()
+    first, second = make(y).partition, make(y).partition
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.order, second.order)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 2.0, 6.0, 20.0])
+@pytest.mark.parametrize("share", [1 << 10, 1 << 21], ids=["two threads", "one thread"])
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(sigma, share, rng, monkeypatch):
+    """To the last bit, however the work is shared out; but for what reads everything, batched for speed."""
+    monkeypatch.setattr(fused, "SHARE", share)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        y = copies(rng, works=150, each=60, scale=0.05)
+        index, alpha = make(y, clusters=190), 1 / math.sqrt(1 + sigma**2)
+        x, level = asked(rng, y, alpha, alpha * sigma, batch=7), NoiseLevel(alpha, alpha * sigma)
+        together = index.certified(x, level)
+        for b in range(len(x)):
+            alone = index.certified(x[b : b + 1], level)
+            if int(alone.rows) < len(y):
+                assert torch.equal(alone.posterior.mean[0], together.posterior.mean[b])
+                assert torch.equal(alone.posterior.log_evidence[0], together.posterior.log_evidence[b])
+            assert int(alone.rows) == int(together.rows[b])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_level_draws_other_rows_and_every_sample_the_same(rng):
+    """So that what one level happened to leave out, the next one does not; and a batch shares what it reads."""
+    y = copies(rng, works=150, each=60, scale=0.05)
+    index = make(y, clusters=190)
+
+    def drawn(sigma):
+        x = torch.from_numpy(np.zeros((2, DIM), np.float32))
+        nothing = look.Aside.nothing(index.partition, 2)
+        alpha, precision = np.ones(2), np.full(2, 0.5 / sigma**2)
+        query = look.Query(index.partition, x, alpha, precision, 1e-3, nothing)
+        query.answered(1.0)
+        return query.state.chance.copy(), query.state.drawn.copy(), query.turn
+
+    (chance, first, turn), (_, second, other) = drawn(30.0), drawn(31.0)
+    assert turn[0] == turn[1] != other[0]
+    assert np.array_equal(first[0], first[1])
+    assert (chance[0] < 1).any()
+    assert not np.array_equal(first[0] > 0, second[0] > 0)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 3.0, 20.0])
+def test_fresh_items_count_towards_the_tolerance(sigma, rng):
+    """Far away, and as heavy as all others together."""
+    y = copies(rng, works=60, each=20)
+    fresh, w = 9.0 * torch.randn(5, DIM, generator=rng), torch.full((5,), 240.0)
+    index = replace(make(y, clusters=80), fresh=(fresh, w))
+    everything, weights = torch.cat([y.float(), fresh]), torch.cat([torch.ones(len(y)), w])
+    alpha = 1 / math.sqrt(1 + sigma**2)
+    for x in (asked(rng, y, alpha, alpha * sigma), asked(rng, fresh, alpha, alpha * sigma)):
+        check(index, x, everything, weights, alpha, alpha * sigma)
+
+
 def test_a_sample_that_is_not_finite_spoils_only_itself(rng):
     y = copies(rng)
     index, x = make(y, clusters=400), asked(rng, y, 1.0, 0.5, batch=3)
@@ -251,7 +326,7 @@ def test_an_index_follows_its_store(sigma, tmp_path, rng):
         mean, evidence = brute_force(x, now.latents.float(), now.weights, alpha, alpha * sigma)
         assert np.abs(got.log_evidence.numpy() - evidence).max() <= 1e-3 + ROUNDING
         scale = float(now.latents.float().norm(dim=1).square().mean().sqrt())
-        assert np.linalg.norm(got.mean.numpy() - mean, axis=1).max() <= (2e-3 + ROUNDING) * scale
+        assert np.linalg.norm(got.mean.numpy() - mean, axis=1).max() <= (1e-3 + ROUNDING) * scale
         assert len(index) == len(now)
 
 

@@ -135,8 +135,8 @@ def leaning(slope, even, typical):
 
 
 @compiled
-def survey(t, x, alpha, precision, kept, ends, first, last, squared, mean, top, total):
-    """The weighted sum of the centroids of clusters ``first`` to ``last``, and their squared distances.
+def survey(t, x, alpha, precision, kept, ends, squared, mean, top, total):
+    """The weighted sum of centroids, and their squared distances.
 
     Args:
         kept, ends: Of sample ``b``, ``kept[ends[b] : ends[b + 1]]`` are looked at, in ascending order.
@@ -147,16 +147,13 @@ def survey(t, x, alpha, precision, kept, ends, first, last, squared, mean, top, 
     batch, number = len(x), len(t.log_mass)
     size = max(4, min(BLOCK, (1 << 17) // (x.shape[1] * x.shape[2])))  # that many centroids stay in the cache
     partial = np.zeros(x.shape, np.float32)
-    at = np.empty(batch, np.int64)
-    chosen, distance, weight = np.empty(BLOCK, np.int64), np.empty(BLOCK), np.empty(BLOCK)
-    some = np.empty(BLOCK, np.float32)
+    at, chosen, some = ends[:-1].copy(), np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32)
+    distance, weight = np.empty(BLOCK), np.empty(BLOCK)
     top[:], total[:], mean[:] = -np.inf, 0.0, 0.0
-    for b in range(batch):
-        at[b] = ends[b] + np.searchsorted(kept[ends[b] : ends[b + 1]], first)
-    for block, begin in enumerate(range(first, last, size)):
+    for block, begin in enumerate(range(0, number, size)):
         for b in range(batch):
             count, highest = 0, -np.inf
-            while at[b] < ends[b + 1] and kept[at[b]] < min(begin + size, last):
+            while at[b] < ends[b + 1] and kept[at[b]] < begin + size:
                 chosen[count] = kept[at[b]]
                 count, at[b] = count + 1, at[b] + 1
             if count == 0:
@@ -182,7 +179,7 @@ def survey(t, x, alpha, precision, kept, ends, first, last, squared, mean, top, 
                     chosen[used], some[used] = c, share
                     used += 1
             add_some(some[:used], t.centroid, chosen[:used], partial[b])
-        if (block + 1) % FOLD == 0 or begin + size >= last:
+        if (block + 1) % FOLD == 0 or begin + size >= number:
             mean += partial
             partial[:] = np.float32(0)
 

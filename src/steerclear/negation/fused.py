@@ -25,6 +25,8 @@ from torch import Tensor
 
 from steerclear.negation import kernels
 
+Sums = tuple[Any, Any, Any]
+
 CHUNK = 512
 #: Fewer products than that are not worth a thread of their own.
 SHARE = 1 << 21
@@ -64,39 +66,24 @@ def scan(x: Tensor, points: Tensor, alpha: Tensor, precision: Tensor, log_weight
     log_w = log_weights.double().contiguous().numpy()
     starts = np.arange(0, len(rows), kernels.ROWS)
     blocks = np.stack([starts, np.minimum(len(rows) - starts, kernels.ROWS)], 1)
-    mean, total = _scanned(kernels.scan, samples, a, p, rows, log_w, blocks, len(samples))
+
+    def part(begin: int, end: int) -> Sums:
+        sums = empty_sums(samples)
+        kernels.scan(samples, a, p, rows, log_w, blocks[begin:end], *sums)
+        return sums
+
+    mean, total = merged(shared(part, len(blocks), x.numel() * kernels.ROWS))
     return torch.from_numpy(mean), torch.from_numpy(total)
 
 
-def scan_some(samples: Any, rows: Any, alpha: Any, precision: Any, log_weights: Any, blocks: Any) -> tuple[Any, Any]:  # noqa: ANN401
-    """The same of chunked arrays, where every sample has rows of its own: ``blocks (m, 3)`` as :func:`blocks` makes
-    them. A sample without any gets a mean of 0 and a log-sum-exp of ``-inf``."""
-    if not len(blocks):
-        return np.zeros((len(samples), samples[0].size)), np.full(len(samples), -math.inf)
-    mean, total = _scanned(kernels.scan_some, samples, alpha, precision, rows, log_weights, blocks, 1)
-    return np.where((total == -math.inf)[:, None], 0.0, mean), total
+def empty_sums(samples: Any) -> Sums:  # noqa: ANN401
+    """For a thread to fill: weighted sums ``(batch, chunks, width)`` relative to ``exp(top)``, tops, total weights."""
+    return np.empty(samples.shape), np.empty(len(samples)), np.empty(len(samples))
 
 
-def blocks(begin: Any, end: Any, sample: Any) -> Any:  # noqa: ANN401
-    """Ranges of rows cut into blocks: first row, number of rows, sample."""
-    counts = -(-(end - begin) // kernels.ROWS)
-    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    start = np.repeat(begin, counts) + place * kernels.ROWS
-    return np.stack([start, np.minimum(np.repeat(end, counts) - start, kernels.ROWS), np.repeat(sample, counts)], 1)
-
-
-def _scanned(kernel: Any, samples: Any, a: Any, p: Any, rows: Any, log_w: Any, blocks: Any, each: int) -> Any:  # noqa: ANN401
-    def part(begin: int, end: int) -> tuple[Any, Any, Any]:
-        mean, top, total = np.empty(samples.shape), np.empty(len(samples)), np.empty(len(samples))
-        kernel(samples, a, p, rows, log_w, blocks[begin:end], mean, top, total)
-        return mean, top, total
-
-    return merged(shared(part, len(blocks), each * samples[0].size * kernels.ROWS))
-
-
-def merged(found: list[tuple[Any, Any, Any]]) -> tuple[Any, Any]:
-    """Of several threads, weighted sums ``(batch, chunks, width)`` relative to ``exp(top)`` and sums of the weights, as
-    one mean ``(batch, D)`` and the logarithm of all weights; NaN and ``-inf`` where there are none."""
+def merged(found: Sequence[Sums]) -> tuple[Any, Any]:
+    """What several threads found, as one mean ``(batch, D)`` and the logarithm of all weights; NaN and ``-inf`` where
+    there are none."""
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.stack([np.log(total) + top for _, top, total in found])
         together = np.logaddexp.reduce(logs, 0)

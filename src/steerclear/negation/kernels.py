@@ -216,17 +216,22 @@ def scan(x, alpha, precision, y, log_weights, blocks, mean, top, total):
 
 
 @compiled
-def scan_some(x, alpha, precision, y, log_weights, blocks, mean, top, total):
-    """The same, where every sample has rows of its own: ``blocks (m, 3)`` holds which one besides, in order."""
-    partial = np.zeros(x.shape, np.float32)
+def scan_some(x, alpha, precision, y, log_weights, samples, begins, ends, mean, top, total):
+    """The same, where samples have rows of their own: task ``k`` is rows ``begins[k]`` to ``ends[k]`` for sample
+    ``samples[k]``."""
+    partial, since = np.zeros(x.shape, np.float32), np.zeros(len(x), np.int64)
     squared, weights = np.empty((1, ROWS), np.float64), np.zeros((1, ROWS), np.float32)
     top[:], total[:], mean[:] = -np.inf, 0.0, 0.0
-    for block in range(len(blocks)):
-        start, count, b = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-        rows, log_w, one = y[start : start + count], log_weights[start : start + count], slice(b, b + 1)
-        _absorb(
-            x[one], alpha[one], precision[one], rows, log_w, squared, weights, partial[one], mean[one], top[one],
-            total[one],
-        )  # fmt: skip
-        if (block + 1) % FOLD == 0 or block + 1 == len(blocks) or blocks[block + 1, 2] != b:
-            _fold(partial[one], mean[one])
+    for task in range(len(samples)):
+        b, last = samples[task], ends[task]
+        one = slice(b, b + 1)
+        for start in range(begins[task], last, ROWS):
+            rows, log_w = y[start : min(start + ROWS, last)], log_weights[start : min(start + ROWS, last)]
+            _absorb(
+                x[one], alpha[one], precision[one], rows, log_w, squared, weights, partial[one], mean[one], top[one],
+                total[one],
+            )  # fmt: skip
+            since[b] += 1
+            if since[b] % FOLD == 0:
+                _fold(partial[one], mean[one])
+    _fold(partial, mean)

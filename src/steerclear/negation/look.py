@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerclear.negation import bounds, fused, sampling
+from steerclear.negation import bounds, fused, kernels, sampling
 from steerclear.negation.partition import Partition
 
 Array = NDArray[np.float64]
@@ -156,6 +156,7 @@ class Query:
     ) -> None:
         self.partition, self.table = partition, partition.table
         self.x, self.alpha, self.precision = x, alpha, precision
+        self.narrow = alpha.astype(np.float32)
         self.tolerance, self.aside = tolerance, aside
         self.samples, self.rows = fused.chunked(x), fused.chunked(partition.rows)
         self.state = State.blank(len(x), len(partition))
@@ -190,39 +191,56 @@ class Query:
         return found, answers
 
     def tasks(self, kept: list[Numbers], answers: Numbers) -> tuple[Numbers, Numbers]:
-        """Samples and clusters that are read or drawn; samples that share a cluster follow each other."""
+        """Samples and clusters that are read or drawn, in that order."""
         found = [bounds.listed(some, self.state.of(b)) if answers[b] != bounds.EXACT else NONE
                  for b, some in enumerate(kept)]  # fmt: skip
-        samples, clusters = np.repeat(np.arange(len(found)), [len(some) for some in found]), np.concatenate(found)
-        order = np.argsort(clusters, kind="stable") if len(found) > 1 else slice(None)
-        return samples[order], clusters[order]
+        return np.repeat(np.arange(len(found)), [len(some) for some in found]), np.concatenate(found)
+
+    def lanes(self, samples: Numbers, clusters: Numbers, rows: Numbers) -> list[NDArray[np.bool_]]:
+        """Which tasks each thread gets: those of a sample that has much to do are shared out by cluster. It goes by the
+        sample's own tasks alone, so that no other sample changes the order in which they are added up."""
+        threads = torch.get_num_threads()
+        much = np.bincount(samples, rows) * self.x.shape[1] > fused.SHARE
+        lane = np.where(much[samples], clusters, samples) % threads if len(samples) else samples
+        return [chosen for chosen in (lane == k for k in range(threads)) if chosen.any()]
 
     def read(self, samples: Numbers, clusters: Numbers) -> tuple[Array, Array]:
         """Mean and logarithm of the evidence of the clusters that are read."""
-        chosen = self.state.mark[samples, clusters] == bounds.READ
+        t, chosen = self.table, self.state.mark[samples, clusters] == bounds.READ
         samples, clusters = samples[chosen], clusters[chosen]
-        order = np.argsort(samples, kind="stable")
-        samples, clusters = samples[order], clusters[order]
-        blocks = fused.blocks(self.table.starts[clusters], self.table.starts[clusters + 1], samples)
-        return fused.scan_some(
-            self.samples, self.rows, self.alpha.astype(np.float32), self.precision, self.table.log_weights, blocks
-        )
+        begin, end = t.starts[clusters], t.starts[clusters + 1]
+
+        def part(lane: NDArray[np.bool_]) -> fused.Sums:
+            sums = fused.empty_sums(self.samples)
+            kernels.scan_some(
+                self.samples, self.narrow, self.precision, self.rows, t.log_weights, samples[lane], begin[lane],
+                end[lane], *sums,
+            )  # fmt: skip
+            return sums
+
+        if not len(samples):
+            return np.zeros(self.x.shape), np.full(len(self.x), -math.inf)
+        lanes = self.lanes(samples, clusters, end - begin)
+        mean, total = fused.merged(fused.run([partial(part, lane) for lane in lanes]))
+        return np.where((total == -math.inf)[:, None], 0.0, mean), total
 
     def sampled(self, samples: Numbers, clusters: Numbers) -> tuple[Array, Array]:
         """What the rows that were drawn say beyond the guesses, and less the guesses of clusters that are read:
         weighted sum of rows, and sum of their weights."""
-        lanes = fused.threads(int(self.state.drawn[samples, clusters].sum()) * self.x.shape[1])
 
-        def part(lane: int) -> tuple[Array, Array]:
+        def part(lane: NDArray[np.bool_]) -> tuple[Array, Array]:
             mean, amount = np.zeros(self.samples.shape), np.zeros(len(self.samples))
             sampling.sample(
-                self.table, self.rows, self.samples, self.alpha, self.precision, self.turn, samples[lane::lanes],
-                clusters[lane::lanes], self.state, mean, amount,
+                self.table, self.rows, self.samples, self.alpha, self.precision, self.turn, samples[lane],
+                clusters[lane], self.state, mean, amount,
             )  # fmt: skip
             return mean.reshape(len(mean), -1), amount
 
-        found = fused.run([partial(part, lane) for lane in range(lanes)])
-        means, amounts = zip(*found, strict=True)
+        if not len(samples):
+            return np.zeros(self.x.shape), np.zeros(len(self.x))
+        drawn = np.where(self.state.mark[samples, clusters] == bounds.READ, 1, self.state.drawn[samples, clusters])
+        lanes = self.lanes(samples, clusters, drawn)
+        means, amounts = zip(*fused.run([partial(part, lane) for lane in lanes]), strict=True)
         return np.sum(means, axis=0), np.sum(amounts, axis=0)
 
     def screened(self) -> tuple[list[Numbers], Array]:
@@ -242,19 +260,18 @@ class Query:
 
     def surveyed(self, kept: list[Numbers]) -> tuple[Array, Array]:
         """What all guesses add up to: their mean ``(batch, D)``, and the logarithm of their sum."""
-        flat, ends = np.concatenate(kept), np.cumsum([0, *map(len, kept)])
-        used = np.unique(flat) if len(kept) > 1 else flat
+        samples, clusters = np.repeat(np.arange(len(kept)), [len(some) for some in kept]), np.concatenate(kept)
 
-        def part(begin: int, end: int) -> tuple[Array, Array, Array]:
-            mean, top, total = (np.empty(shape) for shape in (self.samples.shape, len(self.samples), len(self.samples)))
-            first, last = int(used[begin]), int(used[end - 1]) + 1
+        def part(lane: NDArray[np.bool_]) -> fused.Sums:
+            sums, counts = fused.empty_sums(self.samples), np.bincount(samples[lane], minlength=len(kept))
             bounds.survey(
-                self.table, self.samples, self.alpha, self.precision, flat, ends, first, last, self.state.squared,
-                mean, top, total,
+                self.table, self.samples, self.alpha, self.precision, clusters[lane], np.append(0, counts.cumsum()),
+                self.state.squared, *sums,
             )  # fmt: skip
-            return mean, top, total
+            return sums
 
-        return fused.merged(fused.shared(part, len(used), len(flat) * self.x.shape[1] // len(used)))
+        lanes = self.lanes(samples, clusters, np.full(len(samples), 2))
+        return fused.merged(fused.run([partial(part, lane) for lane in lanes]))
 
     def planned(self, kept: list[Numbers], middle: Array, thrift: float) -> tuple[Numbers, Array]:
         """How each sample is answered, and the logarithms that its evidences are relative to."""
