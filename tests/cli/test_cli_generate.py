@@ -208,3 +208,17 @@ def test_request_names_are_stable():
     text = '{"prompt": "A Drink!", "seed": 3, "settings": {"a": 1, "b": null}}'
     assert one.key == other.key == sha256(text.encode())
     assert one.name == f"a-drink-3-{sha256(text.encode())[:10]}"
+
+
+def test_a_guard_that_saw_its_references_while_sampling_saw_them_at_the_steps_of_the_call():
+    """Its levels and its guidance are those of the pictures; by default the model's own."""
+    from steerclear.app.arms import sampling_of
+    from steerclear.app.cli.generate import _sampling
+
+    asked = {"model": "emoji-dit", "steps": None, "cfg": None}
+    assert _sampling(asked) == (20, 2.0)
+    assert _sampling(asked | {"steps": 30, "cfg": 0.0}) == (30, 0.0)
+    assert _sampling(asked | {"model": "somebody/else"}) == (None, None)
+    assert sampling_of(["class-redirect"], 30, 1.5) == {"steps": 30, "cfg": 1.5}
+    assert sampling_of(["class-redirect"], None, None) == {}
+    assert sampling_of(["recommended", "safree"], 30, 1.5) == {}

@@ -26,6 +26,7 @@ class ShippedModel:
         architecture: Pipeline class and size of the pictures.
         licence: Of the weights, and of the art that they were trained on.
         guard: Kind of guard that the command line draws with unless told otherwise.
+        steps, cfg: How the command line samples unless told otherwise: as in the model's tables.
     """
 
     name: str
@@ -33,6 +34,8 @@ class ShippedModel:
     architecture: str
     licence: str
     guard: str = "recommended"
+    steps: int = 25
+    cfg: float = 3.0
 
     @property
     def path(self) -> Path:
@@ -62,6 +65,8 @@ _SHIPPED = (
         draws="94 of the same things from the name of a class: food-drink, tools, animals, …",
         architecture="DiTPipeline, 64×64",
         guard="class-redirect",
+        steps=20,
+        cfg=2.0,
         licence="Apache-2.0; trained on Noto (Apache-2.0) and Fluent (MIT) emoji, see NOTICE",
     ),
     ShippedModel(

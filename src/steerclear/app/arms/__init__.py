@@ -5,7 +5,7 @@ Module-level functions, so that workers in other processes find them.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,13 @@ def listed() -> list[Listed]:
         for kind, make in table.items()
         if "policies" in inspect.signature(make).parameters
     ]
+
+
+def sampling_of(kinds: Sequence[str], steps: int | None, cfg: float | None) -> dict[str, Any]:
+    """Settings ``steps`` and ``cfg`` of a call, as far as one of these kinds takes them."""
+    call = {name: value for name, value in (("steps", steps), ("cfg", cfg)) if value is not None}
+    taken = [inspect.signature(GUARDS[kind]).parameters if kind in GUARDS else {} for kind in kinds]
+    return {name: value for name, value in call.items() if any(name in each for each in taken)}
 
 
 def _settings(make: Callable[..., Any]) -> dict[str, Any]:

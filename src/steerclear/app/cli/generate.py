@@ -64,8 +64,12 @@ scheduler that adds noise, such as ddpm or euler_ancestral."""
 @click.option("--unguarded", is_flag=True, help="Draw without any guard. Said on purpose, never by accident.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
 @click.option("-n", "--n", "count", type=click.IntRange(1), default=1, show_default=True, help="Pictures per prompt.")
-@click.option("--steps", type=click.IntRange(1), help="Steps. Default: 25 for shipped models, else the pipeline's.")
-@click.option("--cfg", type=float, help="Guidance scale. Default: 3 for shipped models, else the pipeline's.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    help="Steps. Default: 25 (emoji-dit: 20), else the pipeline's.",
+)
+@click.option("--cfg", type=float, help="Guidance scale. Default: 3 (emoji-dit: 2), else the pipeline's.")
 @click.option("--scheduler", help="Another scheduler: ddim, ddpm, euler_ancestral, …")
 @click.option("--size", metavar="N|WxH", help="Pixels. Default: the model's own.")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Pictures drawn together.")
@@ -155,15 +159,18 @@ def _grid_of(entries: Sequence[dict[str, Any]], folder: Path, path: Path) -> Non
 def _choice(rest: dict[str, Any]) -> Any:  # noqa: ANN401  (a GuardChoice, imported lazily)
     """The guard that was asked for; for shipped models, all policies unless something else was said."""
     from steerclear import zoo
+    from steerclear.app.arms import sampling_of
     from steerclear.app.guards import GuardChoice, free
 
     names = ("kinds", "policies", "negations", "safe", "strength", "bandwidth", "prior")
     given: dict[str, Any] = {name: rest[name] for name in names}
     given["settings"] = _settings(rest["settings"])
-    shipped = next((model for model in zoo.shipped() if model.name == rest["model"]), None)
+    shipped = _shipped(rest["model"])
     if not rest["unguarded"] and shipped is not None and not given["negations"]:
         given["kinds"] = given["kinds"] or (shipped.guard,)
         given["policies"] = given["policies"] or (() if free(given["kinds"]) else zoo.policies())
+    if given["policies"]:  # guards that have seen their references at the sampler's levels see them at the call's
+        given["settings"] = {**sampling_of(given["kinds"], *_sampling(rest)), **given["settings"]}
     choice = GuardChoice(**given)
     if choice.given == rest["unguarded"]:
         got = "both" if rest["unguarded"] else "neither"
@@ -180,9 +187,7 @@ def _drawing(choice: Any, rest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  
     from steerclear.app.negation import kind
 
     width, height = _size(rest["size"])
-    shipped = rest["model"] in {model.name for model in zoo.shipped()}
-    steps = rest["steps"] or (25 if shipped else None)
-    cfg = rest["cfg"] if rest["cfg"] is not None or not shipped else 3.0
+    steps, cfg = _sampling(rest)
     call = {"num_inference_steps": steps, "guidance_scale": cfg, "width": width, "height": height}
     call = {name: value for name, value in call.items() if value is not None}
     for path in filter(None, (*choice.negations, choice.safe)):
@@ -200,6 +205,21 @@ def _drawing(choice: Any, rest: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  
         "guard": choice.spec() if choice.given else None,
     }
     return Drawing(pipe=pipe, chosen=chosen, coupling=choice.coupling, call=call, batch=rest["batch"]), settings
+
+
+def _shipped(name: str) -> Any:  # noqa: ANN401  (a ShippedModel or None)
+    from steerclear import zoo
+
+    return next((model for model in zoo.shipped() if model.name == name), None)
+
+
+def _sampling(rest: dict[str, Any]) -> tuple[int | None, float | None]:
+    """Steps and guidance scale of the call; ``None`` leaves them to the pipeline."""
+    shipped = _shipped(rest["model"])
+    steps, cfg = rest["steps"], rest["cfg"]
+    if shipped is None:
+        return steps, cfg
+    return steps or shipped.steps, shipped.cfg if cfg is None else cfg
 
 
 def _settings(texts: Sequence[str]) -> dict[str, Any]:
