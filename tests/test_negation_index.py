@@ -14,7 +14,7 @@ from steerclear.negation import IndexedSet, LiveIndex, NegationSet, NegationStor
 from steerclear.noise import NoiseLevel
 
 pytest.importorskip("numba", reason="needs Numba: pip install 'steerclear[fast]'")
-fused, look = (importlib.import_module(f"steerclear.negation.{name}") for name in ("fused", "look"))
+fused, look = (importlib.import_module(f"steerclear.negation.{name}") for name in ("fused", "index.look"))
 DIM = 256
 #: From nearly no noise to nearly nothing else; in between, where most of the work is.
 SIGMAS = (0.05, 0.3, 1.0, 2.0, 4.0, 8.0, 20.0, 60.0)

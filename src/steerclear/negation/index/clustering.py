@@ -1,4 +1,4 @@
-"""Which rows of a big set lie together: what :meth:`steerclear.negation.partition.Partition.of` cuts by.
+"""Which rows of a big set lie together: what :meth:`steerclear.negation.index.partition.Partition.of` cuts by.
 
 Centres are chosen by leaders: a row that is further than ``reach`` from every centre so far becomes one. That bounds
 radii directly, needs one pass over a sample, and finds copies of one picture however unequal their numbers are.

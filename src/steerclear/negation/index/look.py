@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerclear.negation import bounds, fused, kernels, sampling
-from steerclear.negation.partition import Partition
+from steerclear.negation import fused, kernels
+from steerclear.negation.index import bounds, planning, sampling
+from steerclear.negation.index.partition import Partition
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -192,7 +193,7 @@ class Query:
 
     def tasks(self, kept: list[Numbers], answers: Numbers) -> tuple[Numbers, Numbers]:
         """Samples and clusters that are read or drawn, in that order."""
-        found = [bounds.listed(some, self.state.of(b)) if answers[b] != bounds.EXACT else NONE
+        found = [planning.listed(some, self.state.of(b)) if answers[b] != bounds.EXACT else NONE
                  for b, some in enumerate(kept)]  # fmt: skip
         return np.repeat(np.arange(len(found)), [len(some) for some in found]), np.concatenate(found)
 
@@ -281,7 +282,7 @@ class Query:
             for b in range(begin, end):
                 state = self.state.of(b)
                 bounds.separate(self.table, kept[b], middle[b], state.apart)
-                answers[b], top[b] = bounds.plan(
+                answers[b], top[b] = planning.plan(
                     self.table, kept[b], self.alpha[b], self.precision[b], state, self.aside.log_evidence[b],
                     self.aside.scale, self.tolerance, thrift, self.turn[b],
                 )  # fmt: skip
