@@ -221,13 +221,14 @@ def bound(t, kept, alpha, precision, squared, aside, lower, upper, drift):
 
 
 @compiled
-def judge(t, kept, state, top, log_beyond, log_total, moved, away, furthest, scale):
+def judge(t, kept, state, top, log_beyond, log_total, moved, away, centre, furthest, scale):
     """Errors, once everything that was to be read has been.
 
     Args:
         top: Logarithm of what evidences are relative to; ``log_beyond``: of a bound of what was not looked at;
             ``log_total``: of the evidence.
         moved: Distance of the mean from the one that ``apart`` was taken from; ``away``: from the centre.
+        centre: Distance of the centre from the origin.
         furthest: Largest distance of a row from the centre.
 
     Returns:
@@ -235,7 +236,7 @@ def judge(t, kept, state, top, log_beyond, log_total, moved, away, furthest, sca
     """
     unit, rows = math.exp(top - log_total), 0
     error = math.exp(log_beyond - log_total)
-    off_mean = error * (furthest + away) + 2 * NEGLIGIBLE * furthest
+    off_mean = error * (furthest + away) + 2 * NEGLIGIBLE * (furthest + centre)
     chance, chance_mean = 0.0, 0.0
     for c in kept:
         distance = state.apart[c] + moved
@@ -248,7 +249,7 @@ def judge(t, kept, state, top, log_beyond, log_total, moved, away, furthest, sca
         elif state.drawn[c]:
             rows += t.sure[c] + state.drawn[c]
             chance += state.error[c]
-            chance_mean += state.error[c] * distance * distance + state.pull[c]
+            chance_mean += (math.sqrt(state.error[c]) * distance + math.sqrt(state.pull[c])) ** 2
     error += DEVIATIONS * unit * math.sqrt(chance)
     off_mean += DEVIATIONS * unit * math.sqrt(chance_mean)
     if not error < 1.0:

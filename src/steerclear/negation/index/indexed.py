@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class Certified(NamedTuple):
     """A posterior and how far it may be from the exact one, beyond rounding: distances are taken in float32, which
-    costs the exact pass and this one some 1e-7 of the exponent.
+    costs the exact pass and this one some 1e-7 of the exponent, more where values are large beside their differences.
 
     Args:
         posterior: As :func:`~steerclear.negation.posterior.posterior` returns it.
@@ -125,6 +125,8 @@ class IndexedSet:
 
         host = x_t.detach().cpu()
         x, alpha, precision, constant = scaled(host, level)
+        if bool((alpha < 0).any()):
+            raise InvalidInput(f"IndexedSet: expected a level with alpha >= 0, got {float(alpha.min()):g}")
         found = look(
             self.partition, x.float(), alpha.squeeze(1).numpy(), precision.squeeze(1).numpy(), self.tolerance,
             self._aside(host, level, constant),

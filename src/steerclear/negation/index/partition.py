@@ -166,7 +166,7 @@ class Partition:
         """
         if not len(rows):
             return self
-        position = self._position[rows]
+        position = self._position[rows.unique()]
         log_weights = self.log_weights.index_fill(0, position, -math.inf)
         changed = {name: getattr(self, name).clone() for name in MOMENTS}
         offset, sure = self.offset.clone(), self.sure.clone()

@@ -30,7 +30,7 @@ from steerclear.negation.index.bounds import (
 from steerclear.negation.kernels import compiled
 
 #: A cluster with more than this share of the evidence is sampled by so many rows at least, and all of them together.
-SHARE, MANY = 1 / 64, 128
+SHARE, MANY = 1 / 64, 256
 #: Rows that are sampled of a cluster for which one in so many would do: reading them in a row costs less than finding
 #: as many, and a cluster's neighbours, of which none is then read, are not looked for.
 GROUP = 16
@@ -80,7 +80,7 @@ def plan(t, kept, alpha, precision, state, aside, scale, tolerance, thrift, turn
         off = max(guess[c] - lower[c], upper[c] - guess[c])
         worst[c] = max(off, (off * apart[c] + upper[c] * drift[c]) / scale)
         certain += counts[c] if worst[c] > spare else 0
-        typical = slope * t.typical[c]
+        typical = slope * t.typical[c] + precision * alpha * alpha * t.unevenness[c]
         eligible[c] = typical > TAME or counts[c] <= t.sure[c]
         rest = typical * typical / math.sqrt(2.0)
         away = math.sqrt((rest * apart[c]) ** 2 + typical * typical * t.spread[c]) / scale
@@ -160,6 +160,8 @@ def share_out(t, kept, counts, eligible, one, at_stake, allowed, heavy, turn, st
             continue
         others = counts[c] - t.sure[c]
         fewest, size = max(one[c] * rate, MANY if state.lower[c] > heavy else 0.0), min(GROUP, others)
+        # What a cluster could add at worst must not be missed by the draw: it would leave no trace in the error.
+        fewest = max(fewest, size * min((state.upper[c] - state.lower[c]) * DEVIATIONS / max(allowed, 1e-300), 1.0))
         state.mark[c], state.chance[c] = SAMPLED, min(fewest / size, 1.0)
         lot = t.lot[c] + turn
         # What is drawn of few leaves less to chance.

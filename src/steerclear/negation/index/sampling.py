@@ -8,10 +8,10 @@ little some stand for others (a Horvitz-Thompson sum). With the same rows, displ
 
 .. math:: \sum_{y \in C} w e^z y = A_C\, c + L_C\, E_C[(e^z - 1)\, u]
 
-Rows that count for many come first in their cluster and are in every sample. The error is bounded by
-:data:`~steerclear.negation.index.bounds.DEVIATIONS` standard errors, with squares in place of variances, which only
-makes it wider. That is a statement of probability, not a proof, and about samples that were not made to fit rows which
-happen to be left out: ``benchmarks/index.py`` counts how often it holds.
+Rows that count for many come first in their cluster and are in every sample; clusters that could add much at worst are
+drawn with a chance that grows with it. The error is bounded by :data:`~steerclear.negation.index.bounds.DEVIATIONS`
+standard errors, with squares in place of variances. That is a statement of probability, not a proof, and about samples
+that were not made to fit rows which happen to be left out: ``benchmarks/index.py`` counts how often it holds.
 """
 
 # Numba types these by what they are called with.
