@@ -14,7 +14,7 @@ from steerclear.negation import IndexedSet, LiveIndex, NegationSet, NegationStor
 from steerclear.noise import NoiseLevel
 
 pytest.importorskip("numba", reason="needs Numba: pip install 'steerclear[fast]'")
-fused, look = (importlib.import_module(f"steerclear.negation.{name}") for name in ("fused", "look"))
+fused, look = (importlib.import_module(f"steerclear.negation.{name}") for name in ("fused", "index.look"))
 DIM = 256
 #: From nearly no noise to nearly nothing else; in between, where most of the work is.
 SIGMAS = (0.05, 0.3, 1.0, 2.0, 4.0, 8.0, 20.0, 60.0)
@@ -86,7 +86,7 @@ def test_at_much_noise_a_sample_does(rng):
     alpha, sigma = 1 / math.sqrt(401), 20 / math.sqrt(401)
     got = check(make(y, clusters=190), asked(rng, y, alpha, sigma), y, torch.ones(len(y)), alpha, sigma)
     assert not bool(got.proven.any())
-    assert int(got.rows.max()) <= len(y) // 8
+    assert int(got.rows.max()) <= len(y) // 6
 
 
 def test_unlike_pictures_are_read_to_the_end(rng):
@@ -146,6 +146,43 @@ def uneven(rng, heavy=2000.0):
     y[first] += 0.03 * torch.randn(4, DIM, generator=rng)
     w[first] = heavy
     return y, w, first
+
+
+@pytest.mark.parametrize(("each", "apart"), [(2, 0.63), (3, 0.7)])
+def test_what_a_cluster_could_add_at_worst_is_not_missed_by_the_draw(each, apart, rng):
+    """Dark pictures, noisy samples of bright ones, and one work in a hundred kept in several brightnesses: small
+    clusters look like noise, whatever they are. Left to the lots these were missed, and what is missed leaves no trace
+    in the error; and then just the samples that had missed them were taken for good (by up to four times)."""
+    dim, works = 1024, 3000
+    bright = torch.ones(dim) / math.sqrt(dim)
+    basis = torch.linalg.qr(torch.randn(dim, 24, generator=rng))[0]
+    centre = 1.5 * torch.randn(works, 24, generator=rng) @ basis.T + 0.03 * torch.randn(works, dim, generator=rng)
+    centre -= (centre @ bright)[:, None] * bright
+    u = 0.5 * torch.nn.functional.normalize(torch.randn(works, each, dim, generator=rng), dim=2)
+    u[: works // 100] = apart * torch.tensor([1.0, -1.0, 0.3])[:each, None] * bright
+    y, w = (centre[:, None] + u).reshape(-1, dim), torch.ones(works * each)
+    names = tuple(map(str, range(len(y))))
+    items = NegationSet(latents=y, space=Space(encoder="x", shape=(dim,)), ids=names, digests=names)
+    index, sampled = IndexedSet.of(items, progress=False, clusters=works + 400, reach=1.6, tolerance=1e-2), 0
+    for sigma in (3.0, 4.0, 6.0, 8.0):
+        x = centre[torch.randint(works, (16,), generator=rng)] + 32.0 * bright
+        got = check(index, x + sigma * torch.randn(16, dim, generator=rng), y, w, 1.0, sigma)
+        sampled += int((~got.proven).sum())
+    assert sampled
+
+
+def test_what_is_left_out_of_a_sum_counts_from_the_origin(rng):
+    """Latents far from it, and thousands of clusters that are each too light to be added."""
+    works = 2000
+    y = (torch.randn(works, DIM, generator=rng) + 300.0).repeat_interleave(2, 0)
+    w = torch.ones(len(y))
+    w[:2] = works * 1.2e5
+    x, level = y[:4] + 200.0 * torch.randn(4, DIM, generator=rng), NoiseLevel(1.0, 200.0)
+    got = make(y, w, clusters=works, reach=1e-3, tolerance=1e-4).certified(x, level)
+    mean, _ = brute_force(x, y, w, 1.0, 200.0)
+    scale = math.sqrt(float((w * y.double().square().sum(1)).sum() / w.sum()))
+    moved = np.linalg.norm(got.posterior.mean.double().numpy() - mean, axis=1) / scale
+    assert (moved <= got.mean_error.numpy() + 3e-7).all()
 
 
 def test_a_row_that_counts_for_many_is_in_every_sample(rng):
@@ -276,6 +313,24 @@ def test_a_sample_beyond_all_measure_gets_nan_and_no_proof(value, rng):
     assert not bool(got.proven.any())
 
 
+def test_nothing_is_proven_of_what_is_not_finite(rng):
+    y = copies(rng, works=20, each=3)
+    index = make(y)
+    empty = replace(index, partition=index.partition.without(torch.arange(len(y))))
+    for each, level in ((index, NoiseLevel(1e20, 1.0)), (empty, NoiseLevel(1.0, 1.0))):
+        got = each.certified(torch.zeros(2, DIM), level)
+        assert not bool(got.proven.any())
+        assert bool(got.evidence_error.isnan().all())
+
+
+def test_rows_may_be_removed_twice(rng):
+    y = copies(rng, works=20, each=3)
+    cut = make(y).partition
+    once, twice = cut.without(torch.tensor([0, 1])), cut.without(torch.tensor([0, 0, 1])).without(torch.tensor([1]))
+    assert once.scale == pytest.approx(twice.scale, rel=1e-12)
+    assert once.scale == pytest.approx(float(y[2:].double().square().sum(1).mean().sqrt()), rel=1e-6)
+
+
 def test_rows_in_float64_are_read_in_float32(rng):
     y = copies(rng, dtype=torch.float64)
     index = make(y, clusters=400)
@@ -289,6 +344,8 @@ def test_what_goes_in_is_checked(rng):
     index = make(y)
     with pytest.raises(NegationMismatch, match=r"shape \(batch, 256\), got \(1, 2, 128\)"):
         index.posterior(torch.zeros(1, 2, 128), NoiseLevel(1.0, 1.0))
+    with pytest.raises(InvalidInput, match=r"alpha >= 0, got -0\.5"):
+        index.posterior(torch.zeros(1, DIM), NoiseLevel(-0.5, 1.0))
     with pytest.raises(InvalidInput, match="tolerance > 0, got 0"):
         make(y, tolerance=0.0)
 

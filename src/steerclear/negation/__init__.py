@@ -3,9 +3,8 @@
 from steerclear.negation.bulk import Built, build_many
 from steerclear.negation.encoder import Encoder, encoder_of
 from steerclear.negation.images import Skip, find_images
-from steerclear.negation.index import Certified, IndexedSet
+from steerclear.negation.index import Certified, IndexedSet, LiveIndex
 from steerclear.negation.live import LiveSet
-from steerclear.negation.live_index import LiveIndex
 from steerclear.negation.posterior import Posterior
 from steerclear.negation.references import Items, References
 from steerclear.negation.sets import NegationSet

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerclear.negation import bounds, fused, kernels, sampling
-from steerclear.negation.partition import Partition
+from steerclear.negation import fused, kernels
+from steerclear.negation.index import bounds, planning, sampling
+from steerclear.negation.index.partition import Partition
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -113,8 +114,9 @@ class Aside:
 
     def joined(self, mean: Array, log_evidence: Array) -> tuple[Array, Array]:
         """Together with another mean and evidence."""
-        together = np.logaddexp(self.log_evidence, log_evidence)
-        own, other = (np.exp(each - together)[:, None] for each in (self.log_evidence, log_evidence))
+        with np.errstate(invalid="ignore"):  # neither has any
+            together = np.logaddexp(self.log_evidence, log_evidence)
+            own, other = (np.exp(each - together)[:, None] for each in (self.log_evidence, log_evidence))
         return own * self.mean + other * mean, together
 
 
@@ -144,8 +146,10 @@ def exact(partition: Partition, x: Tensor, alpha: Array, precision: Array, aside
     """Read everything."""
     a, p = torch.from_numpy(alpha), torch.from_numpy(precision)
     mean, log_evidence = fused.scan(x, partition.rows, a, p, partition.log_weights)
-    zero, rows = np.zeros(len(x)), np.full(len(x), len(partition.rows))
-    return Found(*aside.joined(mean.numpy(), log_evidence.numpy()), zero, zero, rows, np.ones(len(x), bool))
+    mean, log_evidence = aside.joined(mean.numpy(), log_evidence.numpy())
+    known = np.isfinite(log_evidence)
+    error, rows = np.where(known, 0.0, math.nan), np.full(len(x), len(partition.rows))
+    return Found(mean, log_evidence, error, error, rows, known)
 
 
 class Query:
@@ -179,12 +183,13 @@ class Query:
         summed = sum(u[:, None] * m for u, m in zip(units, (guess, drawn, read, self.aside.mean), strict=True))
         mean, log_total = summed / total[:, None], final + np.log(total)
         moved = np.linalg.norm(mean - middle, axis=1)
-        away = np.linalg.norm(mean - self.partition.centre.numpy(), axis=1)
+        centre = self.partition.centre.numpy()
+        away, off_centre = np.linalg.norm(mean - centre, axis=1), float(np.linalg.norm(centre))
         found = Found.blank(*self.x.shape)
         for b in np.flatnonzero(answers != bounds.EXACT).tolist():
             rows, off, off_mean = bounds.judge(
                 self.table, kept[b], self.state.of(b), top[b], log_beyond[b], log_total[b], moved[b], away[b],
-                self.partition.furthest, self.aside.scale,
+                off_centre, self.partition.furthest, self.aside.scale,
             )  # fmt: skip
             one = np.array([b])
             found.put(one, Found(mean[b], log_total[b], off, off_mean, rows, answers[b] == bounds.PROVEN))
@@ -192,7 +197,7 @@ class Query:
 
     def tasks(self, kept: list[Numbers], answers: Numbers) -> tuple[Numbers, Numbers]:
         """Samples and clusters that are read or drawn, in that order."""
-        found = [bounds.listed(some, self.state.of(b)) if answers[b] != bounds.EXACT else NONE
+        found = [planning.listed(some, self.state.of(b)) if answers[b] != bounds.EXACT else NONE
                  for b, some in enumerate(kept)]  # fmt: skip
         return np.repeat(np.arange(len(found)), [len(some) for some in found]), np.concatenate(found)
 
@@ -281,7 +286,7 @@ class Query:
             for b in range(begin, end):
                 state = self.state.of(b)
                 bounds.separate(self.table, kept[b], middle[b], state.apart)
-                answers[b], top[b] = bounds.plan(
+                answers[b], top[b] = planning.plan(
                     self.table, kept[b], self.alpha[b], self.precision[b], state, self.aside.log_evidence[b],
                     self.aside.scale, self.tolerance, thrift, self.turn[b],
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which rows of a big set lie together: what :meth:`steerclear.negation.partition.Partition.of` cuts by.
+"""Which rows of a big set lie together: what :meth:`steerclear.negation.index.partition.Partition.of` cuts by.
 
 Centres are chosen by leaders: a row that is further than ``reach`` from every centre so far becomes one. That bounds
 radii directly, needs one pass over a sample, and finds copies of one picture however unequal their numbers are.
@@ -163,5 +163,5 @@ def _lower(members: Tensor, log_weights: Tensor, centroid: Tensor) -> Tensor:
 
 def like_noise(widest: Tensor, spread: Tensor, count: Tensor, dim: int) -> Tensor:
     """Whether no direction is special: noise of that spread, seen in ``n`` rows of ``D`` dimensions, has a largest
-    eigenvalue of about ``v/D (1 + sqrt(D / (n - 1)))^2``."""
+    eigenvalue of about ``v/D (1 + sqrt(D / (n - 1)))^2``. Two or three rows always look like it."""
     return widest <= 2 * spread / dim * (1 + (dim / (count - 1).clamp_min(1)).sqrt()).square()

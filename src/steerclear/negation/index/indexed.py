@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steerclear.errors import InvalidInput, MissingExtra, NegationMismatch
-from steerclear.negation.partition import Partition
+from steerclear.negation.index.partition import Partition
 from steerclear.negation.posterior import Posterior, posterior, scaled
 from steerclear.negation.references import Items
 from steerclear.negation.space import Space
@@ -18,12 +18,12 @@ from steerclear.noise import NoiseLevel
 
 if TYPE_CHECKING:
     from steerclear.denoise import DenoiseState
-    from steerclear.negation.look import Aside
+    from steerclear.negation.index.look import Aside
 
 
 class Certified(NamedTuple):
     """A posterior and how far it may be from the exact one, beyond rounding: distances are taken in float32, which
-    costs the exact pass and this one some 1e-7 of the exponent.
+    costs the exact pass and this one some 1e-7 of the exponent, more where values are large beside their differences.
 
     Args:
         posterior: As :func:`~steerclear.negation.posterior.posterior` returns it.
@@ -31,7 +31,7 @@ class Certified(NamedTuple):
         mean_error: Largest norm of the mean's error, in units of the root mean square norm of the items, ``(batch,)``.
         rows: Rows that were read, ``(batch,)``.
         proven: Whether the errors are a proof (or the result exact), ``(batch,)``; else they hold with the probability
-            of :data:`~steerclear.negation.bounds.DEVIATIONS` standard errors.
+            of :data:`~steerclear.negation.index.bounds.DEVIATIONS` standard errors.
     """
 
     posterior: Posterior
@@ -121,10 +121,12 @@ class IndexedSet:
                 f"expected samples of shape (batch, {', '.join(map(str, self.space.shape))}), got {tuple(x_t.shape)}; "
                 "encode the pictures again for this pipeline at this size: NegationSet.encode(images, pipe)"
             )
-        from steerclear.negation.look import look  # it needs Numba
+        from steerclear.negation.index.look import look  # it needs Numba
 
         host = x_t.detach().cpu()
         x, alpha, precision, constant = scaled(host, level)
+        if bool((alpha < 0).any()):
+            raise InvalidInput(f"IndexedSet: expected a level with alpha >= 0, got {float(alpha.min()):g}")
         found = look(
             self.partition, x.float(), alpha.squeeze(1).numpy(), precision.squeeze(1).numpy(), self.tolerance,
             self._aside(host, level, constant),
@@ -149,7 +151,7 @@ class IndexedSet:
         """The fresh items, read."""
         if self.fresh is None:
             return None
-        from steerclear.negation.look import Aside
+        from steerclear.negation.index.look import Aside
 
         points, weights = self.fresh
         mean, evidence = posterior(x_t, points, weights, level)

@@ -1,7 +1,7 @@
 r"""A big set cut into clusters of near-duplicates, with what bounds need to know of each.
 
-Rows are put in the order of their clusters (:mod:`steerclear.negation.clustering`), so that one is read in one go. Of
-cluster :math:`C` with weights :math:`w` and members :math:`y = c + u`, means over the weights:
+Rows are put in the order of their clusters (:mod:`steerclear.negation.index.clustering`), so that one is read in one
+go. Of cluster :math:`C` with weights :math:`w` and members :math:`y = c + u`, means over the weights:
 
 =============  ===============================================================================================
 ``centroid``   :math:`c`, so that :math:`E_C[u] = 0`
@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from steerclear.errors import InvalidInput
-from steerclear.negation.clustering import (
+from steerclear.negation.index.clustering import (
     BLOCK,
     Measured,
     assign,
@@ -166,7 +166,7 @@ class Partition:
         """
         if not len(rows):
             return self
-        position = self._position[rows]
+        position = self._position[rows.unique()]
         log_weights = self.log_weights.index_fill(0, position, -math.inf)
         changed = {name: getattr(self, name).clone() for name in MOMENTS}
         offset, sure = self.offset.clone(), self.sure.clone()
@@ -208,7 +208,7 @@ class Partition:
 
 
 class Table(NamedTuple):
-    """A partition as the arrays that the kernels of :mod:`steerclear.negation.bounds` take; ``(M,)`` unless said
+    """A partition as the arrays that the kernels of :mod:`steerclear.negation.index.bounds` take; ``(M,)`` unless said
     otherwise.
 
     Args:

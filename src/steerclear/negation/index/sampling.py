@@ -1,17 +1,17 @@
 r"""A few rows of a cluster that speak for all: what they say of its evidence and mean, and how uncertain that is.
 
 At much noise every cluster of a partition counts, and worst cases are hopeless: they assume that every row lies in the
-direction of the noise. But the remainder :math:`E_C[e^z - 1 - z] \ge 0` (:mod:`steerclear.negation.bounds`) is small
-and nearly known: :math:`\tfrac12 E[z^2]`, if no direction is special. What differs from that is estimated by rows
-drawn evenly, so the sum over clusters is a stratified sum with a control variate, and of clusters that count for little
-some stand for others (a Horvitz-Thompson sum). With the same rows, displacements add up to the means:
+direction of the noise. But the remainder :math:`E_C[e^z - 1 - z] \ge 0` (:mod:`steerclear.negation.index.bounds`) is
+small and nearly known: :math:`\tfrac12 E[z^2]`, if no direction is special. What differs from that is estimated by
+rows drawn evenly, so the sum over clusters is a stratified sum with a control variate, and of clusters that count for
+little some stand for others (a Horvitz-Thompson sum). With the same rows, displacements add up to the means:
 
 .. math:: \sum_{y \in C} w e^z y = A_C\, c + L_C\, E_C[(e^z - 1)\, u]
 
-Rows that count for many come first in their cluster and are in every sample. The error is bounded by
-:data:`~steerclear.negation.bounds.DEVIATIONS` standard errors, with squares in place of variances, which only makes it
-wider. That is a statement of probability, not a proof, and about samples that were not made to fit rows which happen to
-be left out: ``benchmarks/index.py`` counts how often it holds.
+Rows that count for many come first in their cluster and are in every sample; clusters that could add much at worst are
+drawn with a chance that grows with it. The error is bounded by :data:`~steerclear.negation.index.bounds.DEVIATIONS`
+standard errors, with squares in place of variances. That is a statement of probability, not a proof, and about samples
+that were not made to fit rows which happen to be left out: ``benchmarks/index.py`` counts how often it holds.
 """
 
 # Numba types these by what they are called with.
@@ -22,7 +22,7 @@ import math
 
 import numpy as np
 
-from steerclear.negation.bounds import BLOCK, HUGE, READ, leaning
+from steerclear.negation.index.bounds import BLOCK, HUGE, READ, leaning
 from steerclear.negation.kernels import add_some, compiled, some_distances
 
 
@@ -34,7 +34,8 @@ def sample(t, y, x, alpha, precision, turn, samples, clusters, state, mean, amou
         y: The rows, ``(n, chunks, width)``.
         turn: Which of a cluster's rows come first, in [0, 1), per sample.
         samples, clusters: What is done, ``(tasks,)``; no pair twice.
-        state: A :class:`~steerclear.negation.look.State` of all samples: ``rest``, ``error`` and ``pull`` are filled.
+        state: A :class:`~steerclear.negation.index.look.State` of all samples; ``rest``, ``error`` and ``pull`` are
+            filled.
         mean, amount: Sums of rows and of weights are added to these, ``(batch, chunks, width)`` and ``(batch,)``,
             relative to what evidences are relative to.
     """

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from steerclear.negation.index import IndexedSet
+from steerclear.negation.index.indexed import IndexedSet
 from steerclear.negation.live import LiveSet
 from steerclear.negation.posterior import Posterior
 from steerclear.negation.references import References

@@ -1,6 +1,6 @@
 r"""What a partition says about one sample: bounds of every cluster's evidence, and which of them must be read.
 
-The rows lie in clusters of near-duplicates (:mod:`steerclear.negation.partition`). Seen from :math:`x` at a level
+The rows lie in clusters of near-duplicates (:mod:`steerclear.negation.index.partition`). Seen from :math:`x` at a level
 :math:`(\alpha, \sigma)`, the rows :math:`y = c + u` of a cluster have kernels :math:`e^{\ell(c) + z}` with
 
 .. math:: p = \frac1{2\sigma^2}, \quad \ell(c) = \log W_C - p\,(\lVert x - \alpha c\rVert^2 + \alpha^2 v), \quad
@@ -15,8 +15,9 @@ so the cluster's evidence :math:`A_C` is bounded without reading a row, in three
 
 **At little noise** the last one leaves a handful of clusters, which are read, and the rest is below the tolerance: a
 proof. **At much noise** nearly all clusters count and none may be left out, but :math:`z` is small. Where the proof
-would cost more than that, a stratified sample is taken (:mod:`steerclear.negation.sampling`). **In between**, what
-remains too uncertain is read, most uncertain first, if need be everything: then the result is exact.
+would cost more than that, a stratified sample is taken (:mod:`steerclear.negation.index.sampling`). **In between**,
+what remains too uncertain is read, most uncertain first, if need be everything: then the result is exact. What is read
+and what is sampled, :mod:`steerclear.negation.index.planning` decides.
 
 With a guess :math:`g_C` of every :math:`A_C` and the mean :math:`\hat m = \sum g_C c / \sum g_C`, the error of the mean
 is at most :math:`\sum_C (|A_C - g_C|\,\lVert c - \hat m\rVert + A_C\,\lVert m_C - c\rVert) / \sum_C A_C`.
@@ -36,21 +37,8 @@ from steerclear.negation.kernels import add_some, compiled, some_distances
 
 #: How many standard errors make a bound.
 DEVIATIONS = 5.0
-#: A cluster with more than this share of the evidence is sampled by so many rows at least, and all of them together.
-SHARE, MANY = 1 / 64, 128
-#: Rows that are sampled of a cluster for which one in so many would do: reading them in a row costs less than finding
-#: as many, and a cluster's neighbours, of which none is then read, are not looked for.
-GROUP = 16
-#: A cluster of which more than this share would be sampled is read.
-NEARLY = 0.9
 #: Largest typical deviation of z in a cluster that a few rows may speak for.
 TAME = 0.5
-#: By how much deviations are taken to be larger than they look.
-MARGIN = 1.2
-#: Reading more than this share of the rows in pieces is no faster than reading all of them in a row.
-WHOLE = 0.4
-#: Proofs of no more rows than that are not worth avoiding.
-CHEAP = 1024
 #: Share of the tolerance for clusters that are not looked at, and share that is left for rounding.
 UNSEEN, ROUNDING = 0.05, 0.05
 #: Share of a weighted sum of centroids that may be left out; counted as an error of the mean.
@@ -233,152 +221,14 @@ def bound(t, kept, alpha, precision, squared, aside, lower, upper, drift):
 
 
 @compiled
-def choose(kept, worst, eligible, counts, tolerance, mark):
-    """Mark what is to be read: of the eligible clusters those that are worst per row, as many as it takes to leave no
-    more than the tolerance.
-
-    Returns:
-        How many rows these have, and what is left.
-    """
-    # Together, these are half of the tolerance at most; the others are few where reading is any good.
-    small, left, number = tolerance / (2 * len(kept)), 0.0, 0
-    large, ratio = np.empty(len(kept), np.int64), np.empty(len(kept))
-    for c in kept:
-        if eligible[c]:
-            if worst[c] <= small:
-                left += worst[c]
-            else:
-                large[number], ratio[number] = c, worst[c] / counts[c]
-                number += 1
-    # Positive numbers are in the order of their bits, so halving the range of bits is halving that of the exponent.
-    bits, low, high = ratio[:number].view(np.int64), np.int64(0), np.int64(0x7FF0000000000000)
-    while number and high - low > 1 << 42:  # to a thousandth
-        middle = low + (high - low) // 2
-        more = left
-        for i in range(number):
-            more += worst[large[i]] if bits[i] <= middle else 0.0
-        if more <= tolerance:
-            low = middle
-        else:
-            high = middle
-    rows = 0
-    for i in range(number):
-        if bits[i] <= low:
-            left += worst[large[i]]
-        else:
-            mark[large[i]] = READ
-            rows += counts[large[i]]
-    return rows, left
-
-
-@compiled
-def plan(t, kept, alpha, precision, state, aside, scale, tolerance, thrift, turn):
-    """What to read and what to sample, so that neither error exceeds the tolerance.
-
-    It goes by what samples should be like if clusters are what they look like, not by what they are: deciding by the
-    sample itself would leave the rows that came out low, and the sum with them.
-
-    Args:
-        kept: The clusters that are looked at.
-        state: A :class:`~steerclear.negation.look.State`; ``squared`` and ``apart`` are known, the rest is filled.
-        aside: Logarithm of the evidence of what is no part of the partition.
-        scale: Root mean square norm of the rows.
-        thrift: Share of the tolerance that a sample may use up; 0, if only a proof will do.
-        turn: By how much the lots are turned, so that every level draws others.
-
-    Returns:
-        How the sample is answered, and the logarithm that evidences are relative to.
-    """
-    squared, apart, guess, mark = state.squared, state.apart, state.guess, state.mark
-    lower, upper, drift = state.lower, state.upper, state.drift
-    top = bound(t, kept, alpha, precision, squared, aside, lower, upper, drift)
-    number = len(t.log_mass)
-    counts, worst = np.empty(number, np.int64), np.empty(number)
-    eligible, one = np.ones(number, np.bool_), np.empty(number)
-    total, at_stake, certain = math.exp(aside - top), 0.0, 0
-    for c in kept:
-        total += lower[c]
-    spare = tolerance * (1.0 - UNSEEN - ROUNDING) * total
-    for c in kept:
-        counts[c] = t.starts[c + 1] - t.starts[c]
-        slope = 2 * precision * alpha * math.sqrt(squared[c])
-        guess[c] = lower[c] * (1.0 + leaning(slope, t.even[c], t.typical[c]))
-        off = max(guess[c] - lower[c], upper[c] - guess[c])
-        worst[c] = max(off, (off * apart[c] + upper[c] * drift[c]) / scale)
-        certain += counts[c] if worst[c] > spare else 0
-        typical = slope * t.typical[c]
-        eligible[c] = typical > TAME or counts[c] <= t.sure[c]
-        rest = typical * typical / math.sqrt(2.0)
-        away = math.sqrt((rest * apart[c]) ** 2 + typical * typical * t.spread[c]) / scale
-        one[c] = 0.0 if eligible[c] else MARGIN * lower[c] * max(rest, away)
-        at_stake += one[c]
-        mark[c] = BOUNDED
-    cost, most = len(t.log_weights), int(WHOLE * len(t.log_weights))
-    if thrift > 0.0:
-        read, left = choose(kept, worst, eligible, counts, 0.2 * thrift * spare, mark)
-        cost = read + share_out(
-            t, kept, counts, eligible, one, at_stake, 0.95 * thrift * spare - left, SHARE * total, turn, state
-        )
-        if max(CHEAP, len(kept), cost) < certain and cost < most:  # the proof must read more than that
-            return PROBABLE, top
-    proof = np.zeros(number, np.uint8)
-    eligible[:] = True
-    read, _ = choose(kept, worst, eligible, counts, spare, proof)
-    if max(CHEAP, len(kept), cost) < read and cost < most:
-        return PROBABLE, top
-    for c in kept:
-        mark[c] = proof[c]
-    return PROVEN if read < most else EXACT, top
-
-
-@compiled
-def share_out(t, kept, counts, eligible, one, at_stake, allowed, heavy, turn, state):
-    """How many rows each cluster that a sample may speak for is sampled by; returns how many they are together.
-
-    The fewest rows for a given error: as many of each cluster as its share of what is at stake, and of clusters whose
-    share is less than a group, a group of some, drawn by lot.
-    """
-    rate = at_stake * (DEVIATIONS / allowed) ** 2 if allowed > 0.0 else np.inf
-    if rate * at_stake < MANY:
-        rate = MANY / at_stake if at_stake > 0.0 else 0.0
-    cost = 0
-    for c in kept:
-        if eligible[c]:
-            continue
-        others = counts[c] - t.sure[c]
-        fewest, size = max(one[c] * rate, MANY if state.lower[c] > heavy else 0.0), min(GROUP, others)
-        state.mark[c], state.chance[c] = SAMPLED, min(fewest / size, 1.0)
-        lot = t.lot[c] + turn
-        # What is drawn of few leaves less to chance.
-        among = math.ceil(fewest * others / (fewest + others))
-        if among >= NEARLY * others:
-            state.mark[c] = READ
-            cost += counts[c]
-            continue
-        state.drawn[c] = max(size, among) if lot - math.floor(lot) < state.chance[c] else 0
-        cost += state.drawn[c] + t.sure[c] if state.drawn[c] else 0
-    return cost
-
-
-@compiled
-def listed(kept, state):
-    """The clusters of one sample of which rows are read."""
-    found, count = np.empty(len(kept), np.int64), 0
-    for c in kept:
-        if state.mark[c] == READ or (state.mark[c] == SAMPLED and state.drawn[c] > 0):
-            found[count] = c
-            count += 1
-    return found[:count]
-
-
-@compiled
-def judge(t, kept, state, top, log_beyond, log_total, moved, away, furthest, scale):
+def judge(t, kept, state, top, log_beyond, log_total, moved, away, centre, furthest, scale):
     """Errors, once everything that was to be read has been.
 
     Args:
         top: Logarithm of what evidences are relative to; ``log_beyond``: of a bound of what was not looked at;
             ``log_total``: of the evidence.
         moved: Distance of the mean from the one that ``apart`` was taken from; ``away``: from the centre.
+        centre: Distance of the centre from the origin.
         furthest: Largest distance of a row from the centre.
 
     Returns:
@@ -386,7 +236,7 @@ def judge(t, kept, state, top, log_beyond, log_total, moved, away, furthest, sca
     """
     unit, rows = math.exp(top - log_total), 0
     error = math.exp(log_beyond - log_total)
-    off_mean = error * (furthest + away) + 2 * NEGLIGIBLE * furthest
+    off_mean = error * (furthest + away) + 2 * NEGLIGIBLE * (furthest + centre)
     chance, chance_mean = 0.0, 0.0
     for c in kept:
         distance = state.apart[c] + moved
@@ -399,7 +249,7 @@ def judge(t, kept, state, top, log_beyond, log_total, moved, away, furthest, sca
         elif state.drawn[c]:
             rows += t.sure[c] + state.drawn[c]
             chance += state.error[c]
-            chance_mean += state.error[c] * distance * distance + state.pull[c]
+            chance_mean += (math.sqrt(state.error[c]) * distance + math.sqrt(state.pull[c])) ** 2
     error += DEVIATIONS * unit * math.sqrt(chance)
     off_mean += DEVIATIONS * unit * math.sqrt(chance_mean)
     if not error < 1.0:
