@@ -265,18 +265,24 @@ class Query:
 
     def surveyed(self, kept: list[Numbers]) -> tuple[Array, Array]:
         """What all guesses add up to: their mean ``(batch, D)``, and the logarithm of their sum."""
-        samples, clusters = np.repeat(np.arange(len(kept)), [len(some) for some in kept]), np.concatenate(kept)
+        threads, dim = torch.get_num_threads(), self.x.shape[1]
 
-        def part(lane: NDArray[np.bool_]) -> fused.Sums:
-            sums, counts = fused.empty_sums(self.samples), np.bincount(samples[lane], minlength=len(kept))
+        def part(some: list[Numbers]) -> fused.Sums:
+            sums, ends = fused.empty_sums(self.samples), np.cumsum([0, *map(len, some)])
             bounds.survey(
-                self.table, self.samples, self.alpha, self.precision, clusters[lane], np.append(0, counts.cumsum()),
-                self.state.squared, *sums,
+                self.table, self.samples, self.alpha, self.precision, np.concatenate(some), ends, self.state.squared,
+                *sums,
             )  # fmt: skip
             return sums
 
-        lanes = self.lanes(samples, clusters, np.full(len(samples), 2))
-        return fused.merged(fused.run([partial(part, lane) for lane in lanes]))
+        def share(lane: int) -> list[Numbers]:  # as for :meth:`lanes`
+            return [
+                some[lane::threads] if 2 * len(some) * dim > fused.SHARE else some if b % threads == lane else NONE
+                for b, some in enumerate(kept)
+            ]
+
+        shares = [some for some in map(share, range(threads)) if any(map(len, some))]
+        return fused.merged(fused.run([partial(part, some) for some in shares]))
 
     def planned(self, kept: list[Numbers], middle: Array, thrift: float) -> tuple[Numbers, Array]:
         """How each sample is answered, and the logarithms that its evidences are relative to."""

@@ -17,6 +17,7 @@ from steerclear.negation.index.bounds import (
     BOUNDED,
     DEVIATIONS,
     EXACT,
+    HUGE,
     PROBABLE,
     PROVEN,
     READ,
@@ -33,7 +34,7 @@ from steerclear.negation.kernels import compiled
 SHARE, MANY = 1 / 64, 256
 #: Rows that are sampled of a cluster for which one in so many would do: reading them in a row costs less than finding
 #: as many, and a cluster's neighbours, of which none is then read, are not looked for.
-GROUP = 16
+GROUP = 8
 #: A cluster of which more than this share would be sampled is read.
 NEARLY = 0.9
 #: By how much deviations are taken to be larger than they look.
@@ -68,7 +69,7 @@ def plan(t, kept, alpha, precision, state, aside, scale, tolerance, thrift, turn
     top = bound(t, kept, alpha, precision, squared, aside, lower, upper, drift)
     number = len(t.log_mass)
     counts, worst = np.empty(number, np.int64), np.empty(number)
-    eligible, one = np.ones(number, np.bool_), np.empty(number)
+    eligible, one, rare = np.ones(number, np.bool_), np.empty(number), np.empty(number)
     total, at_stake, certain = math.exp(aside - top), 0.0, 0
     for c in kept:
         total += lower[c]
@@ -84,6 +85,9 @@ def plan(t, kept, alpha, precision, state, aside, scale, tolerance, thrift, turn
         eligible[c] = typical > TAME or counts[c] <= t.sure[c]
         rest = typical * typical / math.sqrt(2.0)
         away = math.sqrt((rest * apart[c]) ** 2 + typical * typical * t.spread[c]) / scale
+        # If the rows vary along x as much as along any direction: (cosh s - 1) <= s^2/2 e^s for two of them.
+        along = slope * math.sqrt(t.widest[c])
+        rare[c] = min(upper[c] - lower[c], lower[c] * along * along / 2 * math.exp(min(along, HUGE)))
         one[c] = 0.0 if eligible[c] else MARGIN * lower[c] * max(rest, away)
         at_stake += one[c]
         mark[c] = BOUNDED
@@ -91,7 +95,7 @@ def plan(t, kept, alpha, precision, state, aside, scale, tolerance, thrift, turn
     if thrift > 0.0:
         read, left = choose(kept, worst, eligible, counts, 0.2 * thrift * spare, mark)
         cost = read + share_out(
-            t, kept, counts, eligible, one, at_stake, 0.95 * thrift * spare - left, SHARE * total, turn, state
+            t, kept, counts, eligible, one, rare, at_stake, 0.95 * thrift * spare - left, SHARE * total, turn, state
         )
         if max(CHEAP, len(kept), cost) < certain and cost < most:  # the proof must read more than that
             return PROBABLE, top
@@ -145,7 +149,7 @@ def choose(kept, worst, eligible, counts, tolerance, mark):
 
 
 @compiled
-def share_out(t, kept, counts, eligible, one, at_stake, allowed, heavy, turn, state):
+def share_out(t, kept, counts, eligible, one, rare, at_stake, allowed, heavy, turn, state):
     """How many rows each cluster that a sample may speak for is sampled by; returns how many they are together.
 
     The fewest rows for a given error: as many of each cluster as its share of what is at stake, and of clusters whose
@@ -160,8 +164,8 @@ def share_out(t, kept, counts, eligible, one, at_stake, allowed, heavy, turn, st
             continue
         others = counts[c] - t.sure[c]
         fewest, size = max(one[c] * rate, MANY if state.lower[c] > heavy else 0.0), min(GROUP, others)
-        # What a cluster could add at worst must not be missed by the draw: it would leave no trace in the error.
-        fewest = max(fewest, size * min((state.upper[c] - state.lower[c]) * DEVIATIONS / max(allowed, 1e-300), 1.0))
+        # What a cluster could add must not be missed by the draw: it would leave no trace in the error.
+        fewest = max(fewest, size * min(rare[c] * DEVIATIONS / max(allowed, 1e-300), 1.0))
         state.mark[c], state.chance[c] = SAMPLED, min(fewest / size, 1.0)
         lot = t.lot[c] + turn
         # What is drawn of few leaves less to chance.
