@@ -1,8 +1,10 @@
 """The compiled kernels against the equations typed in NumPy float64, at every storage precision and odd size."""
 
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +195,24 @@ print(float(items.posterior(torch.zeros(2, 1024), level).log_evidence[0]))
     squared = latents.half().double().square().sum(1) * 0.25
     expected = (-squared / (2 * 0.81)).logsumexp(0) - math.log(65_536) - 512 * math.log(2 * math.pi * 0.81)
     assert float(done.stdout) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_machine_code_is_made_again_when_any_of_its_sources_changed(tmp_path):
+    """Numba would keep what was compiled of a function until the function's own file changes."""
+    script = """
+import numpy as np
+from steerclear.negation import kernels
+one = np.ones((1, 1, 4), np.float32)
+kernels.add_some(one[0, 0, :1], one, np.zeros(1, np.int64), one[0])
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def index() -> Path:
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+        (found,) = tmp_path.rglob("*.add_some-*.nbi")
+        return found
+
+    made = index().stat().st_mtime_ns
+    assert index().stat().st_mtime_ns == made
+    os.utime(index(), (0, 0))
+    assert index().stat().st_mtime_ns >= made

@@ -9,6 +9,8 @@ Rows are stored as float32, as the bits of float16 (uint16) or as the bits of bf
 # pyright: reportCallIssue=false, reportUntypedFunctionDecorator=false, reportPrivateUsage=false
 
 import math
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
@@ -19,7 +21,21 @@ ROWS = 32
 FOLD = 1024 // ROWS  # blocks of rows: 1024 equal summands in float32 are wrong by 1e-5 at the most
 SPARE = 45.0
 #: Reassociation and contraction are wanted, assumptions about NaN and infinity are not: both must come through.
-compiled = njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
+_njit = njit(nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", cache=True)
+_HERE = Path(__file__).parent
+_CHANGED = max(file.stat().st_mtime for file in (Path(__file__), *(_HERE / "index").glob("*.py")))
+
+
+def compiled(function):
+    """Machine code, kept between processes; not if any of the files with such functions changed since it was made:
+    Numba looks at a function's own file, and not at those of the functions and constants in it."""
+    made = _njit(function)
+    kept = made.stats.cache_path
+    for index in Path(kept).glob(f"*.{function.__name__}-*.nbi") if kept else ():
+        with suppress(OSError):  # another process was faster, or the folder is not ours: then nothing is kept there
+            if index.stat().st_mtime < _CHANGED:
+                index.unlink()
+    return made
 
 
 @intrinsic

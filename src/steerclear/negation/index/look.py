@@ -206,7 +206,7 @@ class Query:
         sample's own tasks alone, so that no other sample changes the order in which they are added up."""
         threads = torch.get_num_threads()
         much = np.bincount(samples, rows) * self.x.shape[1] > fused.SHARE
-        lane = np.where(much[samples], clusters, samples) % threads if len(samples) else samples
+        lane = np.where(much[samples], clusters, samples) % threads
         return [chosen for chosen in (lane == k for k in range(threads)) if chosen.any()]
 
     def read(self, samples: Numbers, clusters: Numbers) -> tuple[Array, Array]:

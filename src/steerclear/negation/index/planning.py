@@ -58,7 +58,7 @@ def plan(t, kept, alpha, precision, state, aside, scale, tolerance, thrift, turn
             filled.
         aside: Logarithm of the evidence of what is no part of the partition.
         scale: Root mean square norm of the rows.
-        thrift: Share of the tolerance that a sample may use up; 0, if only a proof will do.
+        thrift: Share of the tolerance that a sample may use up, > 0.
         turn: By how much the lots are turned, so that every level draws others.
 
     Returns:
@@ -91,14 +91,13 @@ def plan(t, kept, alpha, precision, state, aside, scale, tolerance, thrift, turn
         one[c] = 0.0 if eligible[c] else MARGIN * lower[c] * max(rest, away)
         at_stake += one[c]
         mark[c] = BOUNDED
-    cost, most = len(t.log_weights), int(WHOLE * len(t.log_weights))
-    if thrift > 0.0:
-        read, left = choose(kept, worst, eligible, counts, 0.2 * thrift * spare, mark)
-        cost = read + share_out(
-            t, kept, counts, eligible, one, rare, at_stake, 0.95 * thrift * spare - left, SHARE * total, turn, state
-        )
-        if max(CHEAP, len(kept), cost) < certain and cost < most:  # the proof must read more than that
-            return PROBABLE, top
+    most = int(WHOLE * len(t.log_weights))
+    read, left = choose(kept, worst, eligible, counts, 0.2 * thrift * spare, mark)
+    cost = read + share_out(
+        t, kept, counts, eligible, one, rare, at_stake, 0.95 * thrift * spare - left, SHARE * total, turn, state
+    )
+    if max(CHEAP, len(kept), cost) < certain and cost < most:  # the proof must read more than that
+        return PROBABLE, top
     proof = np.zeros(number, np.uint8)
     eligible[:] = True
     read, _ = choose(kept, worst, eligible, counts, spare, proof)
